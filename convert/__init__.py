@@ -1,0 +1,1 @@
+"""Reading PyTorch checkpoints of HGRN2 and writing MLX folders."""

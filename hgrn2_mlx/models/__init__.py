@@ -1,0 +1,1 @@
+"""Models with recurrent state, in the shape mlx-lm loads."""

@@ -1,0 +1,73 @@
+"""The one entry point to the recurrence: checks the shapes and picks the form."""
+
+import mlx.core as mx
+
+from .chunked import chunked
+from .recurrent import recurrent
+
+
+def gated_recurrence(
+    q: mx.array,
+    f: mx.array,
+    v: mx.array,
+    lower_bound: mx.array | None = None,
+    state: mx.array | None = None,
+    mask: mx.array | None = None,
+    *,
+    scale: float | None = None,
+) -> tuple[mx.array, mx.array]:
+    """The gated linear recurrence of HGRN2 (arXiv 2404.07904, equations 6 to 8).
+
+        q_t = scale * silu(q_t)
+        f_t = lb + (1 - lb) * sigmoid(f_t)
+        S_t = Diag(f_t) S_{t-1} + (1 - f_t) (x) v_t
+        o_t = q_t S_t
+
+    All arithmetic and the state are float32 whatever the inputs' type. One token
+    (decoding) takes one step, more run chunk by chunk; both give the same
+    numbers up to rounding, for any length, gates from 0 to 1 and any split of
+    a sequence into calls that hand on the state. Differentiable in ``q``, ``f``,
+    ``v``, ``lower_bound`` and ``state``.
+
+    Args:
+        q: Query logits ``[B, T, H, K]`` (before silu), float32, bfloat16 or float16.
+        f: Forget-gate logits ``[B, T, H, K]`` (before the sigmoid).
+        v: Values ``[B, T, H, V]``.
+        lower_bound: Lower bound of the forget gate ``[H, K]`` in [0, 1);
+            ``None`` means 0.
+        state: State before the first token, ``[B, H, V, K]`` float32 (fla's
+            ``state_v_first`` layout); ``None`` means zeros.
+        mask: Booleans ``[B, T]``; a token where it is false leaves the state as
+            it was, and its output is of no use.
+        scale: Factor on the queries, ``K ** -0.5`` by default as in fla's GLA
+            operations (``fla/ops/gla``).
+
+    Returns:
+        The outputs ``[B, T, H, V]`` in the type of ``v``, and the state after
+        the last token, ``[B, H, V, K]`` float32.
+
+    Raises:
+        ValueError: If the shapes do not fit together or the sequence is empty.
+    """
+    if q.ndim != 4 or q.shape != f.shape or v.ndim != 4 or v.shape[:3] != q.shape[:3]:
+        raise ValueError(
+            "gated_recurrence: expected q and f [B, T, H, K] and v [B, T, H, V], "
+            f"got q {q.shape}, f {f.shape}, v {v.shape}"
+        )
+    batch, length, heads, key_dim = q.shape
+    if length == 0:
+        raise ValueError("gated_recurrence: the sequence is empty (T = 0)")
+    state_shape = (batch, heads, v.shape[-1], key_dim)
+    for name, array, shape in (
+        ("lower_bound", lower_bound, (heads, key_dim)),
+        ("state", state, state_shape),
+        ("mask", mask, (batch, length)),
+    ):
+        if array is not None and array.shape != shape:
+            raise ValueError(f"gated_recurrence: expected {name} {shape}, got {array.shape}")
+
+    if scale is None:
+        scale = key_dim**-0.5
+    state = mx.zeros(state_shape) if state is None else state.astype(mx.float32)
+    form = recurrent if length == 1 else chunked
+    return form(q, f, v, lower_bound, state, mask, scale)

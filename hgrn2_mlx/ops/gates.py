@@ -1,0 +1,45 @@
+"""From the projections' logits to what the recurrence multiplies, in float32."""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+
+def gates(
+    q: mx.array,
+    f: mx.array,
+    lower_bound: mx.array | None,
+    mask: mx.array | None,
+    scale: float,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Queries, forget gates and keys (HGRN2, arXiv 2404.07904, section 3.2).
+
+        query        = scale * silu(q)
+        forget gate  = lb + (1 - lb) * sigmoid(f)
+        key          = 1 - forget gate = (1 - lb) * sigmoid(-f)
+
+    The key is computed from ``sigmoid(-f)`` because ``1 - forget gate`` loses
+    every digit once the gate is close to one. Where ``mask`` is false the gate
+    is 1 and the key 0: the state passes through untouched.
+
+    Args:
+        q: Query logits ``[B, T, H, K]``.
+        f: Forget-gate logits ``[B, T, H, K]``.
+        lower_bound: ``[H, K]`` in [0, 1), or ``None`` for 0.
+        mask: Booleans ``[B, T]``, or ``None``.
+        scale: Factor on the queries.
+
+    Returns:
+        Queries, forget gates and keys, each float32 ``[B, H, T, K]``.
+    """
+    q, f = (x.astype(mx.float32).swapaxes(1, 2) for x in (q, f))
+    query = scale * nn.silu(q)
+    forget_gate, key = mx.sigmoid(f), mx.sigmoid(-f)
+    if lower_bound is not None:
+        lower_bound = lower_bound.astype(mx.float32)[:, None]
+        forget_gate = lower_bound + (1 - lower_bound) * forget_gate
+        key = (1 - lower_bound) * key
+    if mask is not None:
+        mask = mask[:, None, :, None]
+        forget_gate = mx.where(mask, forget_gate, 1.0)
+        key = mx.where(mask, key, 0.0)
+    return query, forget_gate, key
