@@ -12,6 +12,7 @@ from pathlib import Path
 
 import mlx_lm.models
 import mlx_lm.utils
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from .models import hgrn2
 
@@ -19,8 +20,16 @@ from .models import hgrn2
 MODEL_FILE = Path(__file__).parent / "models" / "model_file.py"
 
 
+class HGRN2Config(PreTrainedConfig):
+    """Tells transformers, which loads the tokenizer, that the model type is no mistake."""
+
+    model_type = "hgrn2"
+
+
 def register() -> None:
     """Registers the architectures with mlx-lm; harmless when repeated."""
+    if HGRN2Config.model_type not in CONFIG_MAPPING:  # fla registers a config of its own.
+        AutoConfig.register(HGRN2Config.model_type, HGRN2Config)
     sys.modules["mlx_lm.models.hgrn2"] = hgrn2
     mlx_lm.models.hgrn2 = hgrn2
     if not hasattr(mlx_lm.utils.load_model, "__wrapped__"):

@@ -33,6 +33,7 @@ class AttentionArgs(CheckedModelArgs):
     def __post_init__(self):
         if self.num_kv_heads is None:
             self.num_kv_heads = self.num_heads
+        self.require_positive("num_heads", "num_kv_heads", "window_size")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"config.json: attn: num_heads ({self.num_heads}) is not a multiple "

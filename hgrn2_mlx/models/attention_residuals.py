@@ -27,7 +27,7 @@ class ResidualSources:
 
     def __init__(self, embeddings: mx.array, block_size: int):
         self.finished: list[mx.array] = []
-        self.current: mx.array | None = embeddings
+        self.current = embeddings
         self.block_size = block_size
         self.sublayers = 0
 

@@ -5,7 +5,7 @@ runs and is wrong, so a model's arguments list what they understand and this
 file lists what is known to change nothing.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from mlx_lm.models.base import BaseModelArgs
@@ -22,8 +22,14 @@ FLA_IMPLEMENTATION = {
     "use_l2warp",
 }
 
-# What mlx-lm adds to a converted folder.
-MLX_LM = {"model_file", "quantization", "quantization_config", "tokenizer_config"}
+# What mlx-lm adds to a converted folder, or in loading it, and acts on itself.
+MLX_LM = {
+    "model_file",
+    "quantization",
+    "quantization_config",
+    "quantize_activations",
+    "tokenizer_config",
+}
 
 # What transformers writes beside any model (4.x wrote all of it, 5.x what differs).
 TRANSFORMERS = {
@@ -101,7 +107,7 @@ class CheckedModelArgs(BaseModelArgs):
 
         Raises:
             ValueError: For a key that is neither an argument nor known to have
-                no effect; the message names it.
+                no effect, or one that is missing; the message names it.
         """
         names = {field.name for field in fields(cls)}
         for key, value in params.items():
@@ -110,4 +116,14 @@ class CheckedModelArgs(BaseModelArgs):
                     f"config.json: unknown key {key!r} (value {value!r}): "
                     "it may change what the model computes, and this version cannot honour it"
                 )
+        for field in fields(cls):
+            if field.default is MISSING and field.name not in params:
+                raise ValueError(f"config.json: key {field.name!r} is missing")
         return cls(**{key: value for key, value in params.items() if key in names})
+
+    def require_positive(self, *names: str) -> None:
+        """Refuses a size below 1 by its name; ``None`` passes."""
+        for name in names:
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise ValueError(f"config.json: {name} must be at least 1, got {size!r}")

@@ -4,6 +4,7 @@ Module and parameter names are those of flash-linear-attention
 (``fla/models/hgrn2``, ``fla/layers/hgrn2.py``), so a checkpoint maps by name.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,9 +70,15 @@ class ModelArgs(CheckedModelArgs):
     attnres_block_size: int | None = None
 
     def __post_init__(self):
+        self.require_positive("num_hidden_layers", "num_heads", "expand_ratio", "conv_size")
         if self.expand_ratio is None and self.num_heads is None:
             raise ValueError("config.json: expand_ratio and num_heads are both null; give one")
         if self.expand_ratio is None:
+            if self.num_heads > self.hidden_size:
+                raise ValueError(
+                    f"config.json: num_heads ({self.num_heads}) is more than "
+                    f"hidden_size ({self.hidden_size})"
+                )
             self.expand_ratio = self.hidden_size // self.num_heads
         self.num_heads = self.hidden_size // self.expand_ratio
         if self.num_heads == 0 or self.hidden_size % self.num_heads:
@@ -101,6 +108,11 @@ class ModelArgs(CheckedModelArgs):
         self.attention_layers: dict[int, AttentionArgs] = {}
         for spec in specs:
             args = AttentionArgs.from_dict(spec)
+            if self.hidden_size % args.num_heads:
+                raise ValueError(
+                    f"config.json: attn: hidden_size ({self.hidden_size}) is not a multiple "
+                    f"of num_heads ({args.num_heads})"
+                )
             for layer in args.layers:
                 if layer in self.attention_layers or not 0 <= layer < self.num_hidden_layers:
                     raise ValueError(
@@ -298,21 +310,18 @@ class HGRN2Model(nn.Module):
         shares = mx.softmax(self.lower_bounds.astype(mx.float32), axis=0)
         return list(mx.cumsum(shares, axis=0) - shares[0])
 
-    def _masks(self, x: mx.array, cache: list[Any]) -> list[Any]:
-        """One mask for all recurrent layers, one for the attention layers of each window."""
+    def _masks(self, x: mx.array, cache: list[Any]) -> Iterator[Any]:
+        """A mask for each layer: one for all recurrent layers, one for each attention window."""
         masks: dict[Any, Any] = {}
         for layer, layer_cache in zip(self.layers, cache):
-            kind = ("window", layer.attn.window_size) if layer.is_attention else "recurrent"
-            if kind in masks:
-                continue
-            if layer.is_attention:
-                masks[kind] = create_attention_mask(x, layer_cache, layer.attn.window_size)
-            else:
-                masks[kind] = create_ssm_mask(x, layer_cache)
-        return [
-            masks[("window", layer.attn.window_size) if layer.is_attention else "recurrent"]
-            for layer in self.layers
-        ]
+            kind = layer.attn.window_size if layer.is_attention else "recurrent"
+            if kind not in masks:
+                masks[kind] = (
+                    create_attention_mask(x, layer_cache, layer.attn.window_size)
+                    if layer.is_attention
+                    else create_ssm_mask(x, layer_cache)
+                )
+            yield masks[kind]
 
     def __call__(self, inputs: mx.array, cache: list[Any] | None = None) -> mx.array:
         x = self.embeddings(inputs)

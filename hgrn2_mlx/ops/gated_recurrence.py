@@ -3,6 +3,7 @@
 import mlx.core as mx
 
 from .chunked import chunked
+from .decode import can_decode, decode
 from .recurrent import recurrent
 
 
@@ -23,8 +24,9 @@ def gated_recurrence(
         S_t = Diag(f_t) S_{t-1} + (1 - f_t) (x) v_t
         o_t = q_t S_t
 
-    All arithmetic and the state are float32 whatever the inputs' type. One token
-    (decoding) takes one step, more run chunk by chunk; both give the same
+    All arithmetic and the state are float32 whatever the inputs' type. A few tokens
+    (decoding) run in one kernel on a GPU, one token in one step elsewhere, more
+    run chunk by chunk; all give the same
     numbers up to rounding, for any length, gates from 0 to 1 and any split of
     a sequence into calls that hand on the state. Differentiable in ``q``, ``f``,
     ``v``, ``lower_bound`` and ``state``.
@@ -69,5 +71,8 @@ def gated_recurrence(
     if scale is None:
         scale = key_dim**-0.5
     state = mx.zeros(state_shape) if state is None else state.astype(mx.float32)
-    form = recurrent if length == 1 else chunked
+    if can_decode(q, f, v):
+        form = decode
+    else:
+        form = recurrent if length == 1 else chunked
     return form(q, f, v, lower_bound, state, mask, scale)

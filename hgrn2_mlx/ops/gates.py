@@ -33,13 +33,26 @@ def gates(
     """
     q, f = (x.astype(mx.float32).swapaxes(1, 2) for x in (q, f))
     query = scale * nn.silu(q)
-    forget_gate, key = mx.sigmoid(f), mx.sigmoid(-f)
+    forget_gate, key = _sigmoids(f)
     if lower_bound is not None:
         lower_bound = lower_bound.astype(mx.float32)[:, None]
-        forget_gate = lower_bound + (1 - lower_bound) * forget_gate
+        # The same as lb + (1 - lb) * gate, whose derivative in lb would cancel for open gates.
+        forget_gate = forget_gate + lower_bound * key
         key = (1 - lower_bound) * key
     if mask is not None:
         mask = mask[:, None, :, None]
         forget_gate = mx.where(mask, forget_gate, 1.0)
         key = mx.where(mask, key, 0.0)
     return query, forget_gate, key
+
+
+def _sigmoids(x: mx.array) -> tuple[mx.array, mx.array]:
+    """``sigmoid(x)`` and ``sigmoid(-x)``, with derivatives as precise as themselves.
+
+    MLX derives a sigmoid as ``s (1 - s)``, which loses every digit once s is
+    close to one, that is for every gate that remembers for long.
+    """
+    positive = x >= 0
+    z = mx.exp(mx.where(positive, -x, x))
+    large, small = 1 / (1 + z), z / (1 + z)
+    return mx.where(positive, large, small), mx.where(positive, small, large)

@@ -1,0 +1,113 @@
+"""The whole way in one command, on the checkpoint the package carries.
+
+Converts what flash-linear-attention saved, writes text with it, and measures the
+validation loss beside the one flash-linear-attention measured on the same weights.
+"""
+
+import json
+import tempfile
+import time
+from dataclasses import dataclass
+from importlib.resources import as_file, files
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+import rich
+from mlx_lm.sample_utils import make_sampler
+
+from .convert import convert
+
+CHECKPOINT = files("hgrn2_mlx") / "demo_checkpoint"
+
+
+@dataclass
+class ValidationLoss:
+    """Mean cross-entropy in nats per token of the windows measured here, by both programs."""
+
+    mlx: float
+    reference: float
+    windows: int
+    all_windows: int
+    tokens: int
+
+
+def validation_loss(
+    model: nn.Module, tokenizer, folder: Path, seconds: float = float("inf")
+) -> ValidationLoss:
+    """The loss on the held-out text, in the windows flash-linear-attention measured.
+
+    The text is tokenized once and cut into windows that predict every token but
+    the first; the state is zero at the start of each.
+
+    Args:
+        model: The converted model.
+        tokenizer: Its tokenizer.
+        folder: The checkpoint, with ``validation.txt`` and ``validation.json``.
+        seconds: Stops after the window in which this much time is over; the
+            reference is then averaged over the same windows.
+    """
+    reference = json.loads((folder / "validation.json").read_text())
+    window = reference["window"]
+    text = (folder / "validation.txt").read_bytes().decode()
+    tokens = mx.array(tokenizer.encode(text, add_special_tokens=False))
+    all_windows = len(reference["window_losses"])
+
+    losses: list[float] = []
+    start = time.perf_counter()
+    while len(losses) < all_windows and time.perf_counter() - start < seconds:
+        first = len(losses) * window
+        logits = model(tokens[None, first : first + window])
+        targets = tokens[None, first + 1 : first + window + 1]
+        loss = nn.losses.cross_entropy(logits.astype(mx.float32), targets, reduction="mean")
+        losses.append(loss.item())
+    measured = reference["window_losses"][: len(losses)]
+    return ValidationLoss(
+        mlx=sum(losses) / len(losses),
+        reference=sum(measured) / len(measured),
+        windows=len(losses),
+        all_windows=all_windows,
+        tokens=len(losses) * window,
+    )
+
+
+def run(prompt: str, max_tokens: int, seconds: float) -> None:
+    """Converts, generates and measures, printing each step's figures.
+
+    Args:
+        prompt: What the text starts with.
+        max_tokens: Tokens to generate.
+        seconds: Time to give to the validation loss; the windows it covers are reported.
+    """
+    # MLX multiplies float32 matrices faster than bfloat16 ones on a CPU.
+    dtype = "float32" if mx.default_device() == mx.cpu else None
+    with as_file(CHECKPOINT) as source, tempfile.TemporaryDirectory() as scratch:
+        print("1. Convert the checkpoint that flash-linear-attention saved")
+        converted = Path(scratch) / "hgrn2-demo"
+        rich.print(convert(source, converted, dtype=dtype))
+
+        print("\n2. Write text\n")
+        model, tokenizer = mlx_lm.load(str(converted))
+        mx.random.seed(0)
+        print(prompt, end="")
+        for response in mlx_lm.stream_generate(
+            model, tokenizer, prompt, max_tokens=max_tokens, sampler=make_sampler(temp=0.8, top_p=0.95)
+        ):
+            print(response.text, end="", flush=True)
+        print(
+            f"\n\n{response.generation_tps:.0f} tokens per second on the {_device()}, "
+            f"peak memory {response.peak_memory:.2f} GB"
+        )
+
+        print("\n3. Measure the validation loss (held-out Shakespeare)")
+        loss = validation_loss(model, tokenizer, source, seconds)
+        print(
+            f"{loss.windows} of {loss.all_windows} windows, {loss.tokens} tokens: "
+            f"MLX {loss.mlx:.4f}, flash-linear-attention {loss.reference:.4f} nats per token "
+            f"(difference {loss.mlx - loss.reference:+.4f})"
+        )
+
+
+def _device() -> str:
+    return "CPU" if mx.default_device() == mx.cpu else "GPU"

@@ -1,0 +1,1 @@
+"""Kernel sources: one per kernel, and what an NVIDIA GPU needs to read them."""

@@ -1,0 +1,63 @@
+"""What several test files share: the reference models and how far arrays are apart."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from hgrn2_mlx.models.hgrn2 import Model, ModelArgs
+
+FIXTURES = Path(__file__).parent / "fixtures"
+NAMES = ("hgrn2-default", "hgrn2-short-conv", "hgrn2-hybrid")
+
+
+@dataclass
+class Reference:
+    """A model and what flash-linear-attention computes with it (fixtures/README.md)."""
+
+    model: Model
+    config: dict
+    arrays: dict[str, mx.array]
+    scalars: dict
+
+    @property
+    def tokens(self) -> mx.array:
+        return self.arrays["tokens"]
+
+    @property
+    def logits(self) -> mx.array:
+        return self.arrays["logits"]
+
+
+def load_reference(name: str) -> Reference:
+    folder = FIXTURES / name
+    config = json.loads((folder / "config.json").read_text())
+    model = Model(ModelArgs.from_dict(config))
+    weights = model.sanitize(mx.load(str(folder / "model.safetensors")))
+    model.load_weights(list(weights.items()))
+    return Reference(
+        model=model,
+        config=config,
+        arrays=mx.load(str(folder / "expected.safetensors")),
+        scalars=json.loads((folder / "expected.json").read_text()),
+    )
+
+
+@pytest.fixture(params=NAMES)
+def reference(request) -> Reference:
+    return load_reference(request.param)
+
+
+@pytest.fixture
+def relative_error():
+    """Largest absolute difference, over the largest absolute value expected."""
+
+    def relative_error(actual, expected) -> float:
+        actual, expected = (np.asarray(x, dtype=np.float64) for x in (actual, expected))
+        assert actual.shape == expected.shape
+        return np.abs(actual - expected).max() / max(np.abs(expected).max(), 1e-30)
+
+    return relative_error
