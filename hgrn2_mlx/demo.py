@@ -92,7 +92,11 @@ def run(prompt: str, max_tokens: int, seconds: float) -> None:
         mx.random.seed(0)
         print(prompt, end="")
         for response in mlx_lm.stream_generate(
-            model, tokenizer, prompt, max_tokens=max_tokens, sampler=make_sampler(temp=0.8, top_p=0.95)
+            model,
+            tokenizer,
+            prompt,
+            max_tokens=max_tokens,
+            sampler=make_sampler(temp=0.8, top_p=0.95),
         ):
             print(response.text, end="", flush=True)
         print(

@@ -19,7 +19,6 @@ class Reference:
     """A model and what flash-linear-attention computes with it (fixtures/README.md)."""
 
     model: Model
-    config: dict
     arrays: dict[str, mx.array]
     scalars: dict
 
@@ -40,7 +39,6 @@ def load_reference(name: str) -> Reference:
     model.load_weights(list(weights.items()))
     return Reference(
         model=model,
-        config=config,
         arrays=mx.load(str(folder / "expected.safetensors")),
         scalars=json.loads((folder / "expected.json").read_text()),
     )

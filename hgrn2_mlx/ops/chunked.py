@@ -34,9 +34,8 @@ def chunked(
     q: mx.array,
     f: mx.array,
     v: mx.array,
-    lower_bound: mx.array | None,
+    lower_bound: mx.array,
     state: mx.array,
-    mask: mx.array | None,
     scale: float,
 ) -> tuple[mx.array, mx.array]:
     """The gated recurrence with memory for ``T / segment`` states under differentiation.
@@ -48,13 +47,11 @@ def chunked(
     batch, length = q.shape[:2]
     segment = max(CHUNK, SEGMENT_TOKENS // batch // CHUNK * CHUNK)
     segments = zip(*(_pieces(x, segment, axis=1) for x in (q, f, v)))
-    masks = None if mask is None else _pieces(mask, segment, axis=1)
+    run = _recomputed(functools.partial(_segment, scale=scale))
 
     outputs = []
-    for n, (q_n, f_n, v_n) in enumerate(segments):
-        run = _recomputed(functools.partial(_segment, scale=scale, mask=masks and masks[n]))
-        bound = () if lower_bound is None else (lower_bound,)
-        output, state = run(q_n, f_n, v_n, state, *bound)
+    for segment_inputs in segments:
+        output, state = run(*segment_inputs, lower_bound, state)
         outputs.append(output)
     return mx.concatenate(outputs, axis=1), state
 
@@ -96,14 +93,12 @@ def _segment(
     q: mx.array,
     f: mx.array,
     v: mx.array,
+    lower_bound: mx.array,
     state: mx.array,
-    lower_bound: mx.array | None = None,
-    *,
-    mask: mx.array | None,
     scale: float,
 ) -> tuple[mx.array, mx.array]:
     """All chunks of a segment at once, but for the states, which pass from one to the next."""
-    query, forget_gate, key = gates(q, f, lower_bound, mask, scale)
+    query, forget_gate, key = gates(q, f, lower_bound, scale)
     value = v.astype(mx.float32).swapaxes(1, 2)
     length = query.shape[2]
     chunk = min(CHUNK, 1 << (length - 1).bit_length())

@@ -18,9 +18,8 @@ def decode(
     q: mx.array,
     f: mx.array,
     v: mx.array,
-    lower_bound: mx.array | None,
+    lower_bound: mx.array,
     state: mx.array,
-    mask: mx.array | None,
     scale: float,
 ) -> tuple[mx.array, mx.array]:
     """The gated recurrence over a few tokens, the state read and written once.
@@ -28,11 +27,6 @@ def decode(
     Arguments and results as in :func:`gated_recurrence`. The gradient is that of
     the step by step form.
     """
-    if lower_bound is None:
-        lower_bound = mx.zeros(q.shape[2:])
-    if mask is not None:
-        # A gate of exactly 1 and a key of exactly 0.
-        f = mx.where(mask[..., None, None], f, mx.array(mx.inf, f.dtype))
 
     @mx.custom_function
     def run(q, f, v, lower_bound, state):
@@ -41,7 +35,7 @@ def decode(
     @run.vjp
     def gradients(primals, cotangents, _):
         def step_by_step(*arguments):
-            return recurrent(*arguments, mask=None, scale=scale)
+            return recurrent(*arguments, scale)
 
         return mx.vjp(step_by_step, primals, cotangents)[1]
 
@@ -53,7 +47,7 @@ def _kernel_is_right() -> bool:
     """Compares the kernel with the operations, once per process; warns if it cannot be used."""
     q, f, v = mx.random.normal((3, 2, 2, 2, 64), key=mx.random.key(0))
     state = mx.random.normal((2, 2, 64, 64), key=mx.random.key(1))
-    arguments = (q, f, v, mx.full((2, 64), 0.25), state, None, 0.125)
+    arguments = (q, f, v, mx.full((2, 64), 0.25), state, 0.125)
     try:
         right = all(
             mx.allclose(got, want, rtol=1e-3, atol=1e-3).item()

@@ -70,9 +70,13 @@ def gated_recurrence(
 
     if scale is None:
         scale = key_dim**-0.5
+    lower_bound = mx.zeros((heads, key_dim)) if lower_bound is None else lower_bound
     state = mx.zeros(state_shape) if state is None else state.astype(mx.float32)
+    if mask is not None:
+        # There the gate is exactly 1 and the key exactly 0: the state stays.
+        f = mx.where(mask[..., None, None], f, mx.array(mx.inf, f.dtype))
     if can_decode(q, f, v):
         form = decode
     else:
         form = recurrent if length == 1 else chunked
-    return form(q, f, v, lower_bound, state, mask, scale)
+    return form(q, f, v, lower_bound, state, scale)

@@ -7,8 +7,7 @@ import mlx.nn as nn
 def gates(
     q: mx.array,
     f: mx.array,
-    lower_bound: mx.array | None,
-    mask: mx.array | None,
+    lower_bound: mx.array,
     scale: float,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Queries, forget gates and keys (HGRN2, arXiv 2404.07904, section 3.2).
@@ -18,14 +17,13 @@ def gates(
         key          = 1 - forget gate = (1 - lb) * sigmoid(-f)
 
     The key is computed from ``sigmoid(-f)`` because ``1 - forget gate`` loses
-    every digit once the gate is close to one. Where ``mask`` is false the gate
-    is 1 and the key 0: the state passes through untouched.
+    every digit once the gate is close to one. A logit of infinity gives a gate of
+    exactly 1 and a key of exactly 0, so such a token leaves the state untouched.
 
     Args:
         q: Query logits ``[B, T, H, K]``.
         f: Forget-gate logits ``[B, T, H, K]``.
-        lower_bound: ``[H, K]`` in [0, 1), or ``None`` for 0.
-        mask: Booleans ``[B, T]``, or ``None``.
+        lower_bound: ``[H, K]`` in [0, 1).
         scale: Factor on the queries.
 
     Returns:
@@ -33,16 +31,11 @@ def gates(
     """
     q, f = (x.astype(mx.float32).swapaxes(1, 2) for x in (q, f))
     query = scale * nn.silu(q)
-    forget_gate, key = _sigmoids(f)
-    if lower_bound is not None:
-        lower_bound = lower_bound.astype(mx.float32)[:, None]
-        # The same as lb + (1 - lb) * gate, whose derivative in lb would cancel for open gates.
-        forget_gate = forget_gate + lower_bound * key
-        key = (1 - lower_bound) * key
-    if mask is not None:
-        mask = mask[:, None, :, None]
-        forget_gate = mx.where(mask, forget_gate, 1.0)
-        key = mx.where(mask, key, 0.0)
+    opened, closed = _sigmoids(f)
+    lower_bound = lower_bound.astype(mx.float32)[:, None]
+    # The same as lb + (1 - lb) * opened, whose derivative in lb would cancel for open gates.
+    forget_gate = opened + lower_bound * closed
+    key = (1 - lower_bound) * closed
     return query, forget_gate, key
 
 

@@ -9,9 +9,8 @@ def recurrent(
     q: mx.array,
     f: mx.array,
     v: mx.array,
-    lower_bound: mx.array | None,
+    lower_bound: mx.array,
     state: mx.array,
-    mask: mx.array | None,
     scale: float,
 ) -> tuple[mx.array, mx.array]:
     """``S_t = Diag(f_t) S_{t-1} + k_t (x) v_t``, ``o_t = q_t S_t``, step by step.
@@ -19,7 +18,7 @@ def recurrent(
     Arguments and results as in :func:`gated_recurrence`, with every state of
     the sequence alive under differentiation: use it for a few tokens only.
     """
-    query, forget_gate, key = gates(q, f, lower_bound, mask, scale)
+    query, forget_gate, key = gates(q, f, lower_bound, scale)
     value = v.astype(mx.float32).swapaxes(1, 2)
     outputs = []
     for t in range(q.shape[1]):
