@@ -8,7 +8,6 @@ import json
 import tempfile
 import time
 from dataclasses import dataclass
-from importlib.resources import as_file, files
 from pathlib import Path
 
 import mlx.core as mx
@@ -16,10 +15,11 @@ import mlx.nn as nn
 import mlx_lm
 import rich
 from mlx_lm.sample_utils import make_sampler
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .convert import convert
 
-CHECKPOINT = files("hgrn2_mlx") / "demo_checkpoint"
+CHECKPOINT = Path(__file__).parent / "demo_checkpoint"
 
 
 @dataclass
@@ -34,7 +34,11 @@ class ValidationLoss:
 
 
 def validation_loss(
-    model: nn.Module, tokenizer, folder: Path, seconds: float = float("inf")
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    folder: Path,
+    windows: int | None = None,
+    seconds: float = float("inf"),
 ) -> ValidationLoss:
     """The loss on the held-out text, in the windows flash-linear-attention measured.
 
@@ -45,8 +49,9 @@ def validation_loss(
         model: The converted model.
         tokenizer: Its tokenizer.
         folder: The checkpoint, with ``validation.txt`` and ``validation.json``.
-        seconds: Stops after the window in which this much time is over; the
-            reference is then averaged over the same windows.
+        windows: How many to measure, the first ones; ``None`` for all.
+        seconds: Stops after the window in which this much time is over. The
+            reference is averaged over the same windows.
     """
     reference = json.loads((folder / "validation.json").read_text())
     window = reference["window"]
@@ -56,12 +61,13 @@ def validation_loss(
 
     losses: list[float] = []
     start = time.perf_counter()
-    while len(losses) < all_windows and time.perf_counter() - start < seconds:
-        first = len(losses) * window
+    for first in range(0, (windows or all_windows) * window, window):
         logits = model(tokens[None, first : first + window])
         targets = tokens[None, first + 1 : first + window + 1]
         loss = nn.losses.cross_entropy(logits.astype(mx.float32), targets, reduction="mean")
         losses.append(loss.item())
+        if time.perf_counter() - start > seconds:
+            break
     measured = reference["window_losses"][: len(losses)]
     return ValidationLoss(
         mlx=sum(losses) / len(losses),
@@ -82,10 +88,10 @@ def run(prompt: str, max_tokens: int, seconds: float) -> None:
     """
     # MLX multiplies float32 matrices faster than bfloat16 ones on a CPU.
     dtype = "float32" if mx.default_device() == mx.cpu else None
-    with as_file(CHECKPOINT) as source, tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch:
         print("1. Convert the checkpoint that flash-linear-attention saved")
         converted = Path(scratch) / "hgrn2-demo"
-        rich.print(convert(source, converted, dtype=dtype))
+        rich.print(convert(CHECKPOINT, converted, dtype=dtype))
 
         print("\n2. Write text\n")
         model, tokenizer = mlx_lm.load(str(converted))
@@ -105,7 +111,7 @@ def run(prompt: str, max_tokens: int, seconds: float) -> None:
         )
 
         print("\n3. Measure the validation loss (held-out Shakespeare)")
-        loss = validation_loss(model, tokenizer, source, seconds)
+        loss = validation_loss(model, tokenizer, CHECKPOINT, seconds=seconds)
         print(
             f"{loss.windows} of {loss.all_windows} windows, {loss.tokens} tokens: "
             f"MLX {loss.mlx:.4f}, flash-linear-attention {loss.reference:.4f} nats per token "
