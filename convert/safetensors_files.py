@@ -1,4 +1,4 @@
-"""A checkpoint's safetensors files, checked by their headers before any tensor is read.
+"""Files in the safetensors format, checked by their headers before any tensor is read.
 
 A file is the length of its header (8 bytes, little-endian), the header (JSON:
 name to dtype, shape and span in the data) and the data
@@ -6,71 +6,14 @@ name to dtype, shape and span in the data) and the data
 """
 
 import json
-import math
 import struct
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from .source import read_json
-
-ITEM_SIZES = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
-    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
-    **dict.fromkeys(("U32", "I32", "F32"), 4),
-    **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
-}
+from .stored_tensor import DTYPES, StoredTensor
 
 # The reference implementation's own limit.
 MAX_HEADER_SIZE = 100_000_000
-
-
-class StoredTensor(NamedTuple):
-    """One tensor as a header describes it; ``dtype`` in the format's names (``"BF16"``)."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return ITEM_SIZES[self.dtype] * math.prod(self.shape)
-
-
-def read_headers(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of the checkpoint in ``folder``: of one file, or of the shards of an index.
-
-    Raises:
-        ValueError: If files are missing, truncated or corrupt, or contradict the index.
-    """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return _read_shards(index)
-    file = folder / "model.safetensors"
-    if not file.is_file():
-        raise ValueError(f"{folder} has no model.safetensors, nor an index of shards")
-    return read_header(file)
-
-
-def _read_shards(index: Path) -> dict[str, StoredTensor]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(file, str) and Path(file).name == file for file in weight_map.values()
-    ):
-        raise ValueError(f"{index.name}: weight_map does not map tensors to files beside it")
-    files = sorted(set(weight_map.values()))
-    if missing := [file for file in files if not (index.parent / file).is_file()]:
-        raise ValueError(f"{index.name}: missing shards: {', '.join(missing)}")
-
-    tensors: dict[str, StoredTensor] = {}
-    for file in files:
-        shard = read_header(index.parent / file)
-        listed = {name for name, home in weight_map.items() if home == file}
-        if absent := sorted(listed - shard.keys()):
-            raise ValueError(f"{file}: lacks what {index.name} lists in it: {', '.join(absent)}")
-        if extra := sorted(shard.keys() - listed):
-            raise ValueError(f"{file}: holds what {index.name} does not list: {', '.join(extra)}")
-        tensors.update(shard)
-    return tensors
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
@@ -103,7 +46,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     tensors = {}
     spans = []
     for name, entry in entries.items():
-        tensors[name], span = _read_entry(file, name, entry)
+        tensors[name], span = _read_entry(file, 8 + header_size, name, entry)
         spans.append((*span, name))
     end = 0
     for start, stop, name in sorted(spans):
@@ -119,7 +62,10 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _read_entry(file: Path, name: str, entry: Any) -> tuple[StoredTensor, tuple[int, int]]:
+def _read_entry(
+    file: Path, data: int, name: str, entry: Any
+) -> tuple[StoredTensor, tuple[int, int]]:
+    """One tensor and its span in the data, which begins at byte ``data`` of the file."""
     try:
         dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
         numbers = (*shape, start, stop)
@@ -128,9 +74,9 @@ def _read_entry(file: Path, name: str, entry: Any) -> tuple[StoredTensor, tuple[
         valid = False
     if not valid:
         raise ValueError(f"{file.name} is corrupt: the header's entry of {name} makes no sense")
-    if dtype not in ITEM_SIZES:
+    if dtype not in DTYPES:
         raise ValueError(f"{file.name}: {name} has the unknown dtype {dtype!r}")
-    tensor = StoredTensor(file, dtype, tuple(shape))
+    tensor = StoredTensor(file, dtype, tuple(shape), data + start)
     if tensor.nbytes != stop - start:
         raise ValueError(
             f"{file.name} is corrupt: {name} ({dtype} {shape}) spans {stop - start} bytes, "

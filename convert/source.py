@@ -4,54 +4,26 @@ import json
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from hgrn2_mlx.models import ARCHITECTURES
 
-# What a conversion reads, and so all that is downloaded.
-HUB_FILES = [
-    "config.json",
-    "generation_config.json",
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-]
+from .hub import download, is_repository_id
 
 
 def find_checkpoint(source: str | Path, revision: str | None = None) -> Path:
-    """The local folder of a checkpoint, downloaded first if ``source`` is a repository id.
+    """A checkpoint's folder or the file of its weights, downloaded if it is a repository id.
 
     Raises:
-        ValueError: If ``source`` is neither a folder nor a repository that can be
+        ValueError: If ``source`` neither exists nor is a repository that can be
             downloaded.
     """
-    folder = Path(source)
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise ValueError(f"{source} is a file; give the folder that holds config.json")
-    if not _is_repository_id(str(source)):
+    path = Path(source)
+    if path.exists():
+        return path
+    if not is_repository_id(str(source)):
         raise ValueError(
             f"{source} does not exist, nor is it a Hugging Face Hub repository id (owner/name)"
         )
-    try:
-        return Path(snapshot_download(str(source), revision=revision, allow_patterns=HUB_FILES))
-    except Exception as error:  # The client's errors share no base class.
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"{source} is not a folder, and downloading it from the Hub failed: {reason}"
-        ) from error
-
-
-def _is_repository_id(name: str) -> bool:
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return name.count("/") == 1
+    return download(str(source), revision)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -76,16 +48,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The ``config.json`` of an HGRN2 checkpoint that is not quantized.
+def read_config(folder: Path, quantized: bool = False) -> dict[str, Any]:
+    """The ``config.json`` of a checkpoint of HGRN2 or HGRN.
+
+    Args:
+        folder: Holds the file.
+        quantized: Whether the checkpoint may be quantized.
 
     Raises:
         ValueError: If there is none, or it describes something else.
     """
     config = read_json(folder / "config.json")
-    if config.get("model_type") != "hgrn2":
-        raise ValueError(f"config.json: model_type is {config.get('model_type')!r}, not 'hgrn2'")
+    if config.get("model_type") not in ARCHITECTURES:
+        known = " or ".join(sorted(ARCHITECTURES, reverse=True))
+        raise ValueError(f"config.json: model_type is {config.get('model_type')!r}, not {known}")
     for key in ("quantization", "quantization_config"):
-        if key in config:
+        if key in config and not quantized:
             raise ValueError(f"config.json: has {key!r}: the checkpoint is quantized already")
     return config

@@ -1,9 +1,9 @@
-"""An output folder that appears complete or not at all."""
+"""Outputs that appear complete or not at all."""
 
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -20,7 +20,7 @@ def staged_folder(destination: Path) -> Iterator[Path]:
     destination = destination.absolute()
     if destination.exists() or destination.is_symlink():
         raise ValueError(f"{destination} exists already; remove it or choose another place")
-    staging = destination.with_name(f".{destination.name}.{uuid.uuid4().hex[:8]}.partial")
+    staging = _beside(destination)
     try:
         try:
             staging.mkdir()
@@ -31,3 +31,36 @@ def staged_folder(destination: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+@contextmanager
+def staged_file(destination: Path) -> Iterator[Path]:
+    """A new file beside ``destination`` to write, which replaces it at the end.
+
+    It is made at once, so that a place that cannot be written is known before the work.
+
+    Raises:
+        ValueError: If the file cannot be made.
+        OSError: If it cannot be renamed.
+    """
+    destination = destination.absolute()
+    if destination.is_dir():
+        raise ValueError(f"{destination} is a folder; give the name of a file")
+    staging = _beside(destination)
+    try:
+        try:
+            staging.touch()
+        except OSError as error:
+            raise ValueError(f"cannot write {destination}: {error.strerror}") from error
+        yield staging
+        staging.replace(destination)
+    except BaseException:
+        # Nor is it there to remove if the reason is that it could not be made.
+        with suppress(OSError):
+            staging.unlink()
+        raise
+
+
+def _beside(destination: Path) -> Path:
+    """A hidden name of its own in the same folder, and so on the same disk."""
+    return destination.with_name(f".{destination.name}.{uuid.uuid4().hex[:8]}.partial")

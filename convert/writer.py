@@ -16,7 +16,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import mlx.core as mx
-from mlx_lm.utils import make_shards
+
+from .checksum import tensor_bytes
+
+# What mlx-lm fills a file up to, in its gigabytes of 2^30 bytes.
+SHARD_SIZE = 5
 
 DTYPE_NAMES = {
     mx.float32: "F32",
@@ -34,8 +38,12 @@ class TensorLayout(NamedTuple):
     shape: tuple[int, ...]
 
     @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
     def nbytes(self) -> int:
-        return self.dtype.size * math.prod(self.shape)
+        return self.dtype.size * self.size
 
 
 def write_weights(
@@ -43,6 +51,8 @@ def write_weights(
     layouts: dict[str, TensorLayout],
     arrays: Iterable[tuple[str, mx.array]],
     parameters: int,
+    shard_size: float = SHARD_SIZE,
+    framework: str = "mlx",
 ) -> None:
     """Writes ``model.safetensors``, or shards as mlx-lm makes them, and their index.
 
@@ -50,6 +60,8 @@ def write_weights(
         layouts: All tensors, in the order in which ``arrays`` gives them.
         arrays: Name and array, evaluated or not; each is dropped once written.
         parameters: The model's parameters, for the index.
+        shard_size: Gigabytes (2^30 bytes) of a file; a larger tensor gets one of its own.
+        framework: Whose layout the tensors have: ``"mlx"``, or ``"pt"`` for PyTorch.
 
     Raises:
         ValueError: If the disk has no room for them.
@@ -60,7 +72,7 @@ def write_weights(
     if size > free:
         raise ValueError(f"no room: {size:,} bytes to write, {free:,} free in {folder.parent}")
 
-    shards = make_shards(layouts)
+    shards = _shards(layouts, int(shard_size * 2**30))
     weight_map = {}
     with ExitStack() as stack:
         files = {}
@@ -69,11 +81,11 @@ def write_weights(
             if len(shards) > 1:
                 name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             file = stack.enter_context(open(folder / name, "wb"))
-            file.write(_header(shard))
+            file.write(_header(shard, framework))
             files.update(dict.fromkeys(shard, file))
             weight_map.update(dict.fromkeys(shard, name))
         for name, array in arrays:
-            files[name].write(memoryview(mx.contiguous(array).view(mx.uint8)))
+            files[name].write(tensor_bytes(array))
 
     index = {
         "metadata": {"total_size": size, "total_parameters": parameters},
@@ -82,8 +94,20 @@ def write_weights(
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=4))
 
 
-def _header(layouts: dict[str, TensorLayout]) -> bytes:
-    header: dict[str, dict] = {"__metadata__": {"format": "mlx"}}
+def _shards(layouts: dict[str, TensorLayout], limit: int) -> list[dict[str, TensorLayout]]:
+    shards: list[dict[str, TensorLayout]] = []
+    room = 0
+    for name, layout in layouts.items():
+        if not shards or layout.nbytes > room:
+            shards.append({})
+            room = limit
+        shards[-1][name] = layout
+        room -= layout.nbytes
+    return shards
+
+
+def _header(layouts: dict[str, TensorLayout], framework: str) -> bytes:
+    header: dict[str, dict] = {"__metadata__": {"format": framework}}
     offset = 0
     for name, layout in layouts.items():
         header[name] = {

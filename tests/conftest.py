@@ -1,24 +1,29 @@
 """What several test files share: the reference models and how far arrays are apart."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
+# Or an NVIDIA GPU multiplies float32 matrices in TF32, with ten bits of mantissa.
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
+
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
-from hgrn2_mlx.models.hgrn2 import Model, ModelArgs
+from hgrn2_mlx.models import ARCHITECTURES
 
 FIXTURES = Path(__file__).parent / "fixtures"
-NAMES = ("hgrn2-default", "hgrn2-short-conv", "hgrn2-hybrid")
+NAMES = ("hgrn2-default", "hgrn2-short-conv", "hgrn2-hybrid", "hgrn-default")
 
 
 @dataclass
 class Reference:
     """A model and what flash-linear-attention computes with it (fixtures/README.md)."""
 
-    model: Model
+    model: nn.Module
     arrays: dict[str, mx.array]
     scalars: dict
 
@@ -34,7 +39,8 @@ class Reference:
 def load_reference(name: str) -> Reference:
     folder = FIXTURES / name
     config = json.loads((folder / "config.json").read_text())
-    model = Model(ModelArgs.from_dict(config))
+    architecture = ARCHITECTURES[config["model_type"]]
+    model = architecture.Model(architecture.ModelArgs.from_dict(config))
     weights = model.sanitize(mx.load(str(folder / "model.safetensors")))
     model.load_weights(list(weights.items()))
     return Reference(

@@ -1,4 +1,4 @@
-"""HGRN2 through mlx-lm's public interface: loading, generating, serving, quantizing, training."""
+"""HGRN2 and HGRN through mlx-lm: loading, generating, serving, quantizing, training."""
 
 import json
 import math
@@ -25,8 +25,10 @@ from mlx_lm.utils import dequantize_model, quantize_model, save_config, save_mod
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from hgrn2_mlx.models.hgrn2 import Block, Model, ModelArgs
-from hgrn2_mlx.registration import MODEL_FILE
+from hgrn2_mlx.models import ARCHITECTURES
+from hgrn2_mlx.models.hgrn2 import Model
+from hgrn2_mlx.models.language_model import Block
+from hgrn2_mlx.registration import MODEL_FILES
 
 TEXT = "the state of a linear recurrence is expanded by an outer product of keys and values"
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
@@ -34,6 +36,7 @@ CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfo
 MODELS = {
     "recurrent": ("hgrn2-default", {"num_hidden_layers": 2, "tie_word_embeddings": True}),
     "everything": ("hgrn2-hybrid", {"use_short_conv": True, "attnres_block_size": 2}),
+    "hgrn": ("hgrn-default", {"num_hidden_layers": 2, "use_short_conv": True}),
 }
 
 
@@ -60,15 +63,16 @@ def save_folder(folder, fixture, options):
     config |= options | {
         "vocab_size": len(tokenizer),
         "eos_token_id": tokenizer.eos_token_id,
-        "model_file": "hgrn2.py",
+        "model_file": MODEL_FILES[config["model_type"]].name,
     }
     mx.random.seed(0)
-    model = Model(ModelArgs.from_dict(config))
+    architecture = ARCHITECTURES[config["model_type"]]
+    model = architecture.Model(architecture.ModelArgs.from_dict(config))
     model.update(tree_map(lambda p: p + 0.1 * mx.random.normal(p.shape), model.parameters()))
     save_model(folder, model)
     save_config(config, folder / "config.json")
     tokenizer.save_pretrained(folder)
-    shutil.copy(MODEL_FILE, folder / "hgrn2.py")
+    shutil.copy(MODEL_FILES[config["model_type"]], folder)
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -124,7 +128,9 @@ def test_a_folder_without_a_model_file_loads_too(one_folder, tmp_path):
 def test_another_model_file_is_refused_and_not_run(one_folder, tmp_path):
     folder = shutil.copytree(one_folder, tmp_path / "model")
     trace = tmp_path / "was_run"
-    (folder / "hgrn2.py").write_text(MODEL_FILE.read_text() + f"open({str(trace)!r}, 'w')\n")
+    (folder / "hgrn2.py").write_text(
+        MODEL_FILES["hgrn2"].read_text() + f"open({str(trace)!r}, 'w')\n"
+    )
     with pytest.raises(ValueError, match="trust_remote_code"):
         mlx_lm.load(str(folder))
     assert not trace.exists()
@@ -214,11 +220,11 @@ def run_mlx_lm(*arguments, **options):
     )
 
 
-def test_the_stock_generate_command_runs_a_folder(one_folder):
-    arguments = ["generate", "--model", str(one_folder), "--prompt", "the state", "--max-tokens"]
+def test_the_stock_generate_command_runs_a_folder(folder):
+    arguments = ["generate", "--model", str(folder), "--prompt", "the state", "--max-tokens"]
     trusted = run_mlx_lm(*arguments, "8", "--ignore-chat-template", "--trust-remote-code")
     assert trusted.returncode == 0, trusted.stderr
-    model, tokenizer = mlx_lm.load(str(one_folder))
+    model, tokenizer = mlx_lm.load(str(folder))
     expected = mlx_lm.generate(model, tokenizer, "the state", max_tokens=8)
     assert expected in trusted.stdout
 
@@ -326,12 +332,13 @@ def training_step(request):
 
 @pytest.mark.usefixtures("training_step")
 @pytest.mark.parametrize("grad_checkpoint", [False, True])
+@pytest.mark.parametrize("kind", ["recurrent", "hgrn"])
 def test_lora_training_lowers_the_loss_and_its_adapters_load(
-    tmp_path, monkeypatch, grad_checkpoint
+    tmp_path, monkeypatch, kind, grad_checkpoint
 ):
     # mlx-lm's gradient checkpointing replaces the layers' method.
     monkeypatch.setattr(Block, "__call__", Block.__call__)
-    save_folder(tmp_path / "model", *MODELS["recurrent"])
+    save_folder(tmp_path / "model", *MODELS[kind])
     lora = {"rank": 4, "scale": 20.0, "dropout": 0.0}
     model, tokenizer = mlx_lm.load(str(tmp_path / "model"))
     before = dict(tree_flatten(model.parameters()))

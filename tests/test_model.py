@@ -1,4 +1,4 @@
-"""The model against flash-linear-attention, and against itself in every way of running."""
+"""The models against flash-linear-attention, and against themselves in every way of running."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -7,9 +7,11 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.cache import ArraysCache, BatchKVCache, BatchRotatingKVCache, KVCache
 
-from hgrn2_mlx.models.hgrn2 import Model, ModelArgs
+from hgrn2_mlx.models import ARCHITECTURES
+from hgrn2_mlx.models.hgrn2 import ModelArgs
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 4, "vocab_size": 41, "expand_ratio": 8}
+HGRN = {"model_type": "hgrn", "expand_ratio": 1}
 ATTENTION = {"layers": [1, 3], "num_heads": 4, "num_kv_heads": 2}
 
 CONFIGS = {
@@ -43,14 +45,33 @@ CONFIGS = {
         "attnres_block_size": 2,
         "tie_word_embeddings": True,
     },
+    "norms without weight": {"norm_type": "simplermsnorm"},
+    "layer norms and biases": {"norm_type": "layernorm", "bias": True, "attnres_block_size": 2},
+    "other activations": {"hidden_act": "gelu", "query_act": "1+elu", "value_act": "sigmoid"},
+    "other scales": {"recurrence_scale": 1.0, "scale_embeddings": True, "output_norm_eps": 0.1},
+    "HGRN": HGRN,
+    "HGRN of twice the width": HGRN | {"expand_ratio": 2},
+    "HGRN without lower bound": HGRN | {"use_lower_bound": False},
+    "HGRN with short convolutions": HGRN | {"use_short_conv": True, "conv_size": 3},
+    "HGRN with layer norms and biases": HGRN | {"norm_type": "layernorm", "bias": True},
+    "HGRN with everything": HGRN
+    | {
+        "attn": ATTENTION | {"window_size": 5},
+        "use_short_conv": True,
+        "attnres_block_size": 2,
+        "tie_word_embeddings": True,
+        "elementwise_affine": False,
+        "expand_ratio": 2,
+    },
 }
 every_config = pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS)
 
 
-def random_model(options) -> Model:
+def random_model(options) -> nn.Module:
     """A model whose parameters are all random, and whose gates differ between layers."""
     mx.random.seed(0)
-    model = Model(ModelArgs.from_dict(SMALL | options))
+    architecture = ARCHITECTURES[options.get("model_type", "hgrn2")]
+    model = architecture.Model(architecture.ModelArgs.from_dict(SMALL | options))
     model.update(tree_map(lambda p: p + 0.3 * mx.random.normal(p.shape), model.parameters()))
     return model
 
@@ -274,7 +295,7 @@ def test_an_unknown_key_is_refused_in_one_line_that_names_it(options, key):
         ({"expand_ratio": 64}, "expand_ratio"),
         ({"expand_ratio": 12}, "expand_ratio"),
         ({"expand_ratio": None, "num_heads": 64}, "num_heads"),
-        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"hidden_act": "softplus"}, "hidden_act"),
         ({"attnres_block_size": 3}, "attnres_block_size"),
         ({"attnres_block_size": 0}, "attnres_block_size"),
         ({"attn": ATTENTION | {"layers": [4]}}, "layer 4"),
@@ -285,9 +306,14 @@ def test_an_unknown_key_is_refused_in_one_line_that_names_it(options, key):
         ({"attn": {"layers": [1]}}, "num_heads"),
         ({"attn": {"num_heads": 4}}, "layers"),
         ({"conv_size": 0, "use_short_conv": True}, "conv_size"),
+        ({"norm_type": "batchnorm"}, "norm_type"),
+        ({"query_act": "softplus"}, "query_act"),
+        ({"value_act": None}, "value_act"),
+        (HGRN | {"expand_ratio": None}, "expand_ratio"),
+        (HGRN | {"expand_ratio": 0}, "expand_ratio"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_by_name(options, key):
     with pytest.raises(ValueError, match=key) as error:
-        ModelArgs.from_dict(SMALL | options)
+        random_model(options)
     assert "\n" not in str(error.value)

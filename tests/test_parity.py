@@ -1,12 +1,10 @@
 """Real flash-linear-attention, run on the CPU, against this package with the same weights.
 
-fla's recurrence, norms, activations and convolutions run as they are, in Triton's
-interpreter. Two pieces want a GPU and have exact stand-ins: ``flash_attn_func`` and
-``fused_attnres``, for which fla itself has a plain reference.
+fla's recurrences, norms, activations and convolutions run as they are, in Triton's
+interpreter (convert/fla_on_cpu.py).
 """
 
 import inspect
-import os
 import random
 from dataclasses import fields
 
@@ -16,46 +14,28 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from hgrn2_mlx.convert import fla_on_cpu
+from hgrn2_mlx.convert.fla import NOT_IN_FLA
+from hgrn2_mlx.models import ARCHITECTURES
 from hgrn2_mlx.models.attention import AttentionArgs
 from hgrn2_mlx.models.config import WITHOUT_EFFECT
-from hgrn2_mlx.models.hgrn2 import Model, ModelArgs
 
 pytestmark = pytest.mark.parity
 
-os.environ["TRITON_INTERPRET"] = "1"  # read when fla is imported
-REASON = "needs real flash-linear-attention: pip install 'hgrn2-mlx[parity]'"
-torch = pytest.importorskip("torch", reason=REASON)
-autotuner = pytest.importorskip("triton.runtime.autotuner", reason=REASON)
-fla = pytest.importorskip("fla", reason=REASON)
-fla_attention = pytest.importorskip("fla.layers.attn", reason=REASON)
-fla_attnres = pytest.importorskip("fla.ops.attnres", reason=REASON)
-fla_config = pytest.importorskip("fla.models.configuration_utils", reason=REASON)
-fla_hgrn2 = pytest.importorskip("fla.models.hgrn2.modeling_hgrn2", reason=REASON)
+if not fla_on_cpu.is_installed():
+    reason = "needs real flash-linear-attention: pip install 'hgrn2-mlx[parity]'"
+    pytest.skip(reason, allow_module_level=True)
+
+fla_models = fla_on_cpu.import_fla()
+torch = pytest.importorskip("torch")
+fla_config = pytest.importorskip("fla.models.configuration_utils")
 
 VOCAB = 41
-
-
-def exact_attention(q, k, v, causal, window_size):
-    """``flash_attn_func``: ``[B, T, heads, dim]``, seeing ``window_size[0]`` tokens back."""
-    assert causal
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    position = torch.arange(q.shape[2])
-    distance = position[:, None] - position
-    seen = distance >= 0
-    if window_size[0] >= 0:
-        seen &= distance <= window_size[0]
-    attend = torch.nn.functional.scaled_dot_product_attention
-    return attend(q, k, v, attn_mask=seen, enable_gqa=True).transpose(1, 2)
-
-
-@pytest.fixture(autouse=True)
-def fla_on_a_cpu(monkeypatch):
-    def no_timing(self, *args, config, **kwargs):
-        return 1.0
-
-    monkeypatch.setattr(autotuner.Autotuner, "_bench", no_timing)
-    monkeypatch.setattr(fla_attention, "flash_attn_func", exact_attention)
-    monkeypatch.setattr(fla_hgrn2, "fused_attnres", fla_attnres.naive_attnres)
+FLA = {
+    "hgrn": (fla_models.HGRNConfig, fla_models.HGRNForCausalLM),
+    "hgrn2": (fla_models.HGRN2Config, fla_models.HGRN2ForCausalLM),
+}
+every_architecture = pytest.mark.parametrize("model_type", FLA)
 
 
 def draw_attention(draw: random.Random, layers: int):
@@ -74,20 +54,22 @@ def draw_attention(draw: random.Random, layers: int):
     return draw.choice([None, specs[0], specs[:1], specs])
 
 
-def draw_options(seed: int) -> dict:
+def draw_options(model_type: str, seed: int) -> dict:
     draw = random.Random(seed)
     layers = draw.choice([2, 3, 4])
-    expand_ratio, num_heads = draw.choice([(8, None), (12, None), (32, 5), (None, 2), (None, 4)])
-    return {
+    if model_type == "hgrn":
+        state = {"expand_ratio": draw.choice([1, 1, 2, 3])}
+    else:
+        sizes = [(8, None), (12, None), (32, 5), (None, 2), (None, 4)]
+        state = dict(zip(("expand_ratio", "num_heads"), draw.choice(sizes), strict=True))
+    return state | {
         "hidden_size": 32,
         "vocab_size": VOCAB,
         "num_hidden_layers": layers,
-        "expand_ratio": expand_ratio,
-        "num_heads": num_heads,
         "use_short_conv": draw.choice([False, True]),
         "conv_size": draw.choice([2, 3, 4]),
         # A lower bound needs keys as large as values, which 12 does not give.
-        "use_lower_bound": expand_ratio != 12 and draw.choice([True, True, False]),
+        "use_lower_bound": state["expand_ratio"] != 12 and draw.choice([True, True, False]),
         "hidden_ratio": draw.choice([None, 2, 4]),
         "intermediate_size": draw.choice([None, 40]),
         "hidden_act": draw.choice(["swish", "powlu"]),
@@ -102,10 +84,11 @@ def draw_options(seed: int) -> dict:
     }
 
 
-def random_fla_model(options: dict, seed: int):
+def random_fla_model(model_type: str, options: dict, seed: int):
     """fla's model with random values in every parameter, the gates' spread wide."""
     torch.manual_seed(seed)
-    model = fla_hgrn2.HGRN2ForCausalLM(fla_hgrn2.HGRN2Config(**options))
+    config, model = FLA[model_type]
+    model = model(config(**options))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter += torch.randn_like(parameter) * (1.0 if "f_proj" in name else 0.2)
@@ -114,14 +97,17 @@ def random_fla_model(options: dict, seed: int):
     return model
 
 
-def to_mlx(tensors, model: Model) -> dict[str, mx.array]:
+def to_mlx(tensors, model: nn.Module) -> dict[str, mx.array]:
     return model.sanitize({name: mx.array(x.detach().numpy()) for name, x in tensors})
 
 
-@pytest.mark.parametrize("seed", range(14))
-def test_logits_and_every_gradient_are_fla_s(seed, relative_error):
-    options = draw_options(seed)
-    theirs = random_fla_model(options, seed)
+@pytest.mark.parametrize(
+    "model_type, seed",
+    [("hgrn2", seed) for seed in range(14)] + [("hgrn", seed) for seed in range(14)],
+)
+def test_logits_and_every_gradient_are_fla_s(model_type, seed, relative_error):
+    options = draw_options(model_type, seed)
+    theirs = random_fla_model(model_type, options, seed)
     tokens = np.random.default_rng(seed).integers(VOCAB, size=(2, 27 + 2 * seed))
 
     their_logits = theirs(torch.from_numpy(tokens)).logits
@@ -130,7 +116,8 @@ def test_logits_and_every_gradient_are_fla_s(seed, relative_error):
     )
     their_loss.backward()
 
-    ours = Model(ModelArgs.from_dict(theirs.config.to_dict()))
+    architecture = ARCHITECTURES[model_type]
+    ours = architecture.Model(architecture.ModelArgs.from_dict(theirs.config.to_dict()))
     ours.load_weights(list(to_mlx(theirs.state_dict().items(), ours).items()))
 
     def loss(model, tokens):
@@ -153,18 +140,22 @@ def test_logits_and_every_gradient_are_fla_s(seed, relative_error):
         assert relative_error(gradient, expected[name]) < 1e-4, name
 
 
-def test_the_defaults_are_fla_s():
-    defaults = inspect.signature(fla_hgrn2.HGRN2Config.__init__).parameters
-    for field in fields(ModelArgs):
-        if field.name != "model_type":
+@every_architecture
+def test_the_defaults_are_fla_s(model_type):
+    config, _ = FLA[model_type]
+    defaults = inspect.signature(config.__init__).parameters
+    for field in fields(ARCHITECTURES[model_type].ModelArgs):
+        if field.name not in NOT_IN_FLA | {"model_type"}:
             assert field.default == defaults[field.name].default, field.name
 
 
-def test_every_key_of_fla_s_config_is_known():
-    known = {field.name for field in fields(ModelArgs)} | WITHOUT_EFFECT
-    named = inspect.signature(fla_hgrn2.HGRN2Config.__init__).parameters.keys()
-    saved = fla_hgrn2.HGRN2Config().to_dict().keys()
-    assert (named - {"self", "kwargs"}) | saved <= known
+@every_architecture
+def test_every_key_of_fla_s_config_is_known(model_type):
+    config, _ = FLA[model_type]
+    known = {field.name for field in fields(ARCHITECTURES[model_type].ModelArgs)}
+    named = inspect.signature(config.__init__).parameters.keys()
+    assert (named - {"self", "kwargs"}) | config().to_dict().keys() <= known | WITHOUT_EFFECT
+    assert not named & NOT_IN_FLA
 
 
 def test_every_key_of_fla_s_attention_is_known():

@@ -341,4 +341,4 @@ def test_the_gradient_needs_little_memory_and_only_linearly_more():
     length = 16 * SEGMENT_TOKENS
     every_state = length * heads * size * size * 4
     assert peak(length) < every_state / 4
-    assert peak(2 * length) < 2.2 * peak(length)
+    assert peak(2 * length) < 2.5 * peak(length)

@@ -17,43 +17,38 @@ class PseudoQuery(nn.Module):
         self.weight = mx.zeros((1, hidden_size))
 
 
-class ResidualSources:
-    """What the sublayers so far have added, block by block.
+def mix_sources(
+    sources: list[mx.array], query: PseudoQuery, key_norm: nn.RMSNorm, output_norm: nn.Module
+) -> mx.array:
+    """The normalised mix ``norm(sum_i softmax_i(query . norm(source_i)) source_i)``.
+
+    All in float32 but for the result.
 
     Args:
-        embeddings: The first source, ``[B, T, hidden_size]``.
-        block_size: Sublayers (two to a layer) in a block.
+        sources: Each ``[B, T, hidden_size]``; the embeddings first.
+
+    Returns:
+        ``[B, T, hidden_size]``, the input of the next sublayer.
     """
+    stacked = mx.stack(sources).astype(mx.float32)
+    if len(sources) == 1:
+        mixed = stacked[0]
+    else:
+        keys = mx.fast.rms_norm(stacked, key_norm.weight.astype(mx.float32), key_norm.eps)
+        weights = mx.softmax(keys @ query.weight[0].astype(mx.float32), axis=0)
+        mixed = (weights[..., None] * stacked).sum(axis=0)
+    return output_norm(mixed).astype(sources[-1].dtype)
 
-    def __init__(self, embeddings: mx.array, block_size: int):
-        self.finished: list[mx.array] = []
-        self.current = embeddings
-        self.block_size = block_size
-        self.sublayers = 0
 
-    def mix(self, query: PseudoQuery, key_norm: nn.RMSNorm, output_norm: nn.RMSNorm) -> mx.array:
-        """The normalised mix ``norm(sum_i softmax_i(query . norm(source_i)) source_i)``.
+def add_to_sources(
+    sources: list[mx.array], output: mx.array, sublayer: int, block_size: int
+) -> list[mx.array]:
+    """The sources with a sublayer's output, which opens a new one where a block begins.
 
-        All in float32 but for the result. One epsilon serves both norms, as in fla.
-
-        Returns:
-            ``[B, T, hidden_size]``, the input of the next sublayer.
-        """
-        sources = mx.stack([*self.finished, self.current]).astype(mx.float32)
-        if len(sources) == 1:
-            mixed = sources[0]
-        else:
-            keys = mx.fast.rms_norm(sources, key_norm.weight.astype(mx.float32), key_norm.eps)
-            weights = mx.softmax(keys @ query.weight[0].astype(mx.float32), axis=0)
-            mixed = (weights[..., None] * sources).sum(axis=0)
-        mixed = mx.fast.rms_norm(mixed, output_norm.weight.astype(mx.float32), key_norm.eps)
-        return mixed.astype(self.current.dtype)
-
-    def add(self, output: mx.array) -> None:
-        """Adds a sublayer's output, opening a new block first where one begins."""
-        if self.sublayers % self.block_size == 0:
-            self.finished.append(self.current)
-            self.current = output
-        else:
-            self.current = self.current + output
-        self.sublayers += 1
+    Args:
+        sublayer: Its index; there are two to a layer.
+        block_size: Sublayers in a block.
+    """
+    if sublayer % block_size == 0:
+        return [*sources, output]
+    return [*sources[:-1], sources[-1] + output]

@@ -5,6 +5,7 @@ runs and is wrong, so a model's arguments list what they understand and this
 file lists what is known to change nothing.
 """
 
+from collections.abc import Collection
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
@@ -127,3 +128,10 @@ class CheckedModelArgs(BaseModelArgs):
             size = getattr(self, name)
             if size is not None and size < 1:
                 raise ValueError(f"config.json: {name} must be at least 1, got {size!r}")
+
+    def require_one_of(self, name: str, choices: Collection[str]) -> None:
+        """Refuses a choice that there is not, naming those that there are."""
+        if (value := getattr(self, name)) not in choices:
+            raise ValueError(
+                f"config.json: {name} {value!r} is not known; it is one of {', '.join(choices)}"
+            )

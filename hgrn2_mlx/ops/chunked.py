@@ -20,8 +20,10 @@ leaves it, and ``decay`` carries it across.
 """
 
 import functools
+from collections.abc import Callable
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from .gates import gates
 
@@ -37,6 +39,7 @@ def chunked(
     lower_bound: mx.array,
     state: mx.array,
     scale: float,
+    query_act: Callable[[mx.array], mx.array] = nn.silu,
 ) -> tuple[mx.array, mx.array]:
     """The gated recurrence with memory for ``T / segment`` states under differentiation.
 
@@ -47,7 +50,7 @@ def chunked(
     batch, length = q.shape[:2]
     segment = max(CHUNK, SEGMENT_TOKENS // batch // CHUNK * CHUNK)
     segments = zip(*(_pieces(x, segment, axis=1) for x in (q, f, v)))
-    run = _recomputed(functools.partial(_segment, scale=scale))
+    run = _recomputed(functools.partial(_segment, scale=scale, query_act=query_act))
 
     outputs = []
     for segment_inputs in segments:
@@ -96,9 +99,10 @@ def _segment(
     lower_bound: mx.array,
     state: mx.array,
     scale: float,
+    query_act: Callable[[mx.array], mx.array],
 ) -> tuple[mx.array, mx.array]:
     """All chunks of a segment at once, but for the states, which pass from one to the next."""
-    query, forget_gate, key = gates(q, f, lower_bound, scale)
+    query, forget_gate, key = gates(q, f, lower_bound, scale, query_act)
     value = v.astype(mx.float32).swapaxes(1, 2)
     length = query.shape[2]
     chunk = min(CHUNK, 1 << (length - 1).bit_length())

@@ -1,6 +1,10 @@
 """The one entry point to the recurrence: checks the shapes and picks the form."""
 
+import functools
+from collections.abc import Callable
+
 import mlx.core as mx
+import mlx.nn as nn
 
 from .chunked import chunked
 from .decode import can_decode, decode
@@ -16,10 +20,11 @@ def gated_recurrence(
     mask: mx.array | None = None,
     *,
     scale: float | None = None,
+    query_act: Callable[[mx.array], mx.array] = nn.silu,
 ) -> tuple[mx.array, mx.array]:
     """The gated linear recurrence of HGRN2 (arXiv 2404.07904, equations 6 to 8).
 
-        q_t = scale * silu(q_t)
+        q_t = scale * query_act(q_t)
         f_t = lb + (1 - lb) * sigmoid(f_t)
         S_t = Diag(f_t) S_{t-1} + (1 - f_t) (x) v_t
         o_t = q_t S_t
@@ -32,7 +37,7 @@ def gated_recurrence(
     ``v``, ``lower_bound`` and ``state``.
 
     Args:
-        q: Query logits ``[B, T, H, K]`` (before silu), float32, bfloat16 or float16.
+        q: Query logits ``[B, T, H, K]`` (before ``query_act``), float32, bfloat16 or float16.
         f: Forget-gate logits ``[B, T, H, K]`` (before the sigmoid).
         v: Values ``[B, T, H, V]``.
         lower_bound: Lower bound of the forget gate ``[H, K]`` in [0, 1);
@@ -43,6 +48,8 @@ def gated_recurrence(
             it was, and its output is of no use.
         scale: Factor on the queries, ``K ** -0.5`` by default as in fla's GLA
             operations (``fla/ops/gla``).
+        query_act: Activation of the queries, applied in float32. The kernel knows
+            silu only; with another, MLX's operations run everywhere.
 
     Returns:
         The outputs ``[B, T, H, V]`` in the type of ``v``, and the state after
@@ -75,8 +82,8 @@ def gated_recurrence(
     if mask is not None:
         # There the gate is exactly 1 and the key exactly 0: the state stays.
         f = mx.where(mask[..., None, None], f, mx.array(mx.inf, f.dtype))
-    if can_decode(q, f, v):
+    if query_act is nn.silu and can_decode(q, f, v):
         form = decode
     else:
-        form = recurrent if length == 1 else chunked
+        form = functools.partial(recurrent if length == 1 else chunked, query_act=query_act)
     return form(q, f, v, lower_bound, state, scale)

@@ -1,5 +1,7 @@
 """From the projections' logits to what the recurrence multiplies, in float32."""
 
+from collections.abc import Callable
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -9,10 +11,11 @@ def gates(
     f: mx.array,
     lower_bound: mx.array,
     scale: float,
+    query_act: Callable[[mx.array], mx.array] = nn.silu,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Queries, forget gates and keys (HGRN2, arXiv 2404.07904, section 3.2).
 
-        query        = scale * silu(q)
+        query        = scale * query_act(q)
         forget gate  = lb + (1 - lb) * sigmoid(f)
         key          = 1 - forget gate = (1 - lb) * sigmoid(-f)
 
@@ -25,18 +28,27 @@ def gates(
         f: Forget-gate logits ``[B, T, H, K]``.
         lower_bound: ``[H, K]`` in [0, 1).
         scale: Factor on the queries.
+        query_act: Activation of the queries.
 
     Returns:
         Queries, forget gates and keys, each float32 ``[B, H, T, K]``.
     """
-    q, f = (x.astype(mx.float32).swapaxes(1, 2) for x in (q, f))
-    query = scale * nn.silu(q)
-    opened, closed = _sigmoids(f)
-    lower_bound = lower_bound.astype(mx.float32)[:, None]
+    q, f = (x.swapaxes(1, 2) for x in (q, f))
+    query = scale * query_act(q.astype(mx.float32))
+    return query, *forget_gates(f, lower_bound[:, None])
+
+
+def forget_gates(f: mx.array, lower_bound: mx.array) -> tuple[mx.array, mx.array]:
+    """Forget gates and what they leave to the input, ``1 - forget gate``, in float32.
+
+    Args:
+        f: Forget-gate logits.
+        lower_bound: In [0, 1), of a shape that broadcasts to that of ``f``.
+    """
+    opened, closed = _sigmoids(f.astype(mx.float32))
+    lower_bound = lower_bound.astype(mx.float32)
     # The same as lb + (1 - lb) * opened, whose derivative in lb would cancel for open gates.
-    forget_gate = opened + lower_bound * closed
-    key = (1 - lower_bound) * closed
-    return query, forget_gate, key
+    return opened + lower_bound * closed, (1 - lower_bound) * closed
 
 
 def _sigmoids(x: mx.array) -> tuple[mx.array, mx.array]:

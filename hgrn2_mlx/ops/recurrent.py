@@ -1,6 +1,9 @@
 """The recurrence one step at a time: the definition, and the way to decode."""
 
+from collections.abc import Callable
+
 import mlx.core as mx
+import mlx.nn as nn
 
 from .gates import gates
 
@@ -12,13 +15,14 @@ def recurrent(
     lower_bound: mx.array,
     state: mx.array,
     scale: float,
+    query_act: Callable[[mx.array], mx.array] = nn.silu,
 ) -> tuple[mx.array, mx.array]:
     """``S_t = Diag(f_t) S_{t-1} + k_t (x) v_t``, ``o_t = q_t S_t``, step by step.
 
     Arguments and results as in :func:`gated_recurrence`, with every state of
     the sequence alive under differentiation: use it for a few tokens only.
     """
-    query, forget_gate, key = gates(q, f, lower_bound, scale)
+    query, forget_gate, key = gates(q, f, lower_bound, scale, query_act)
     value = v.astype(mx.float32).swapaxes(1, 2)
     outputs = []
     for t in range(q.shape[1]):
