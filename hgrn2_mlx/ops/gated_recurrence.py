@@ -31,10 +31,9 @@ def gated_recurrence(
 
     All arithmetic and the state are float32 whatever the inputs' type. A few tokens
     (decoding) run in one kernel on a GPU, one token in one step elsewhere, more
-    run chunk by chunk; all give the same
-    numbers up to rounding, for any length, gates from 0 to 1 and any split of
-    a sequence into calls that hand on the state. Differentiable in ``q``, ``f``,
-    ``v``, ``lower_bound`` and ``state``.
+    run chunk by chunk; all give the same numbers up to rounding, for any length,
+    gates from 0 to 1 and any split of a sequence into calls that hand on the
+    state. Differentiable in ``q``, ``f``, ``v``, ``lower_bound`` and ``state``.
 
     Args:
         q: Query logits ``[B, T, H, K]`` (before ``query_act``), float32, bfloat16 or float16.
