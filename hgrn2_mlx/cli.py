@@ -109,8 +109,8 @@ def _add_demo(subcommands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--seconds",
         type=float,
-        default=15.0,
-        help="time for the validation loss, and as much for the fine-tuning (default: 15)",
+        default=20.0,
+        help="time for the validation loss, and as much for the fine-tuning (default: 20)",
     )
     parser.set_defaults(run=_demo)
 

@@ -13,6 +13,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from hgrn2_mlx.convert import convert
 from hgrn2_mlx.convert.authors import KEYS
 from hgrn2_mlx.convert.dialects import find_dialect
+from hgrn2_mlx.convert.export import export
 from hgrn2_mlx.convert.weight_files import read_weights
 from hgrn2_mlx.models.activations import ACTIVATIONS
 
@@ -302,3 +303,10 @@ def test_quantized_and_cast(tmp_path):
     assert model.model.lower_bounds.dtype == mx.float32
     assert model.model.layers[0].attn.q_proj.bits == 8
     assert mx.isfinite(model(mx.arange(43)[None])).all()
+
+
+def test_what_fla_cannot_compute_is_not_exported_to_it(tmp_path):
+    convert(FIXTURE, tmp_path / "mlx")
+    with pytest.raises(ValueError, match="norm_type.*recurrence_scale.*hidden_act"):
+        export(tmp_path / "mlx", tmp_path / "fla")
+    assert not (tmp_path / "fla").exists()

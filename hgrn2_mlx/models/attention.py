@@ -8,6 +8,7 @@ from mlx_lm.models.base import scaled_dot_product_attention
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from .config import CheckedModelArgs
+from .sharding import require_divisible, shard_projections
 
 
 @dataclass
@@ -79,4 +80,13 @@ class Attention(nn.Module):
         output = scaled_dot_product_attention(
             queries, keys, values, cache=cache, scale=self.scale, mask=mask
         )
-        return self.o_proj(output.swapaxes(1, 2).reshape(x.shape))
+        return self.o_proj(output.swapaxes(1, 2).flatten(-2))
+
+    def shard(self, group: mx.distributed.Group) -> None:
+        """Keeps the process's share of the heads."""
+        require_divisible("attn: num_heads", self.num_heads, group)
+        require_divisible("attn: num_kv_heads", self.num_kv_heads, group)
+        inputs = ("q_proj", "k_proj", "v_proj")
+        shard_projections(self, by_output=inputs, by_input=("o_proj",), group=group)
+        self.num_heads //= group.size()
+        self.num_kv_heads //= group.size()

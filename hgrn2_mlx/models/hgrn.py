@@ -9,6 +9,7 @@ from mlx_lm.models.cache import ArraysCache
 from ..ops import elementwise_recurrence
 from .language_model import LanguageModel, LanguageModelArgs
 from .norms import make_norm
+from .sharding import ShardedNorm, require_divisible, shard_channels, shard_projections
 from .short_convolution import ShortConvolution, convolve
 
 
@@ -47,7 +48,7 @@ class HGRNAttention(nn.Module):
 
     def __init__(self, args: ModelArgs):
         super().__init__()
-        dim = args.forget_dim
+        self.forget_dim = dim = args.forget_dim
         self.i_proj = nn.Linear(args.hidden_size, dim, bias=args.bias)
         self.f_proj = nn.Linear(args.hidden_size, dim, bias=args.bias)
         self.g_proj = nn.Linear(args.hidden_size, dim, bias=args.bias)
@@ -78,6 +79,16 @@ class HGRNAttention(nn.Module):
             cache[0] = state
             cache.advance(x.shape[1])
         return self.o_proj(self.g_norm(output) * nn.silu(self.g_proj(x)))
+
+    def shard(self, group: mx.distributed.Group) -> None:
+        """Keeps the process's share of the channels."""
+        require_divisible("width of the recurrence", self.forget_dim, group)
+        inputs = ("i_proj", "f_proj", "g_proj")
+        shard_projections(self, by_output=inputs, by_input=("o_proj",), group=group)
+        if self.use_short_conv:
+            for convolution in (self.i_conv1d, self.f_conv1d):
+                shard_channels(convolution, group)
+        self.g_norm = ShardedNorm(self.g_norm, group)
 
 
 class Model(LanguageModel):

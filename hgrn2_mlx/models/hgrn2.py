@@ -10,6 +10,7 @@ from ..ops import gated_recurrence
 from .activations import ACTIVATIONS
 from .language_model import LanguageModel, LanguageModelArgs
 from .norms import make_norm
+from .sharding import ShardedNorm, require_divisible, shard_channels, shard_projections
 from .short_convolution import ShortConvolution, convolve
 
 
@@ -124,6 +125,17 @@ class HGRN2Attention(nn.Module):
             cache[0] = state
             cache.advance(x.shape[1])
         return self.o_proj(self.g_norm(output.flatten(-2)))
+
+    def shard(self, group: mx.distributed.Group) -> None:
+        """Keeps the process's share of the heads."""
+        require_divisible("num_heads", self.num_heads, group)
+        inputs = ("q_proj", "f_proj", "i_proj")
+        shard_projections(self, by_output=inputs, by_input=("o_proj",), group=group)
+        if self.use_short_conv:
+            for convolution in (self.q_conv1d, self.f_conv1d, self.i_conv1d):
+                shard_channels(convolution, group)
+        self.g_norm = ShardedNorm(self.g_norm, group)
+        self.num_heads //= group.size()
 
 
 class Model(LanguageModel):

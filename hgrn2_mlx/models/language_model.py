@@ -17,6 +17,7 @@ from .attention import Attention, AttentionArgs
 from .attention_residuals import PseudoQuery, add_to_sources, mix_sources
 from .config import CheckedModelArgs
 from .norms import NORM_TYPES, make_norm
+from .sharding import require_divisible, shard_projections
 
 
 @dataclass
@@ -106,6 +107,7 @@ class LanguageModelArgs(CheckedModelArgs):
 class GatedMLP(nn.Module):
     def __init__(self, args: LanguageModelArgs):
         super().__init__()
+        self.intermediate_size = args.intermediate_size
         self.activation = gated_linear_unit(args.hidden_act)
         self.gate_proj = nn.Linear(args.hidden_size, args.intermediate_size, bias=args.bias)
         self.up_proj = nn.Linear(args.hidden_size, args.intermediate_size, bias=args.bias)
@@ -113,6 +115,12 @@ class GatedMLP(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.down_proj(self.activation(self.gate_proj(x), self.up_proj(x)))
+
+    def shard(self, group: mx.distributed.Group) -> None:
+        """Keeps the process's share of the channels between the projections."""
+        require_divisible("intermediate_size", self.intermediate_size, group)
+        inputs = ("gate_proj", "up_proj")
+        shard_projections(self, by_output=inputs, by_input=("down_proj",), group=group)
 
 
 class Block(nn.Module):
@@ -193,6 +201,15 @@ class Backbone(nn.Module):
             self.res_proj = PseudoQuery(args.hidden_size)
             self.res_norm = nn.RMSNorm(args.hidden_size, eps=args.norm_eps)
 
+    def shard(self, group: mx.distributed.Group) -> None:
+        """Keeps the process's share of every layer, and its lower bounds."""
+        for layer in self.layers:
+            layer.attn.shard(group)
+            layer.mlp.shard(group)
+        if "lower_bounds" in self:
+            require_divisible("forget gates", self.lower_bounds.shape[-1], group)
+            self.lower_bounds = mx.split(self.lower_bounds, group.size(), -1)[group.rank()]
+
     def layer_lower_bounds(self) -> list[mx.array | None]:
         """Lower bounds of the forget gates, rising from 0 in the first layer.
 
@@ -257,6 +274,20 @@ class LanguageModel(nn.Module):
     @property
     def layers(self) -> list[Block]:
         return self.model.layers
+
+    def shard(self, group: mx.distributed.Group | None = None) -> None:
+        """Splits heads and MLPs over processes, for inference (tensor parallelism).
+
+        Every process calls the model with the same tokens and gets the same, whole
+        logits. ``mlx_lm.utils.sharded_load`` calls this after loading.
+
+        Args:
+            group: The processes; all by default.
+
+        Raises:
+            ValueError: If the heads or another size do not divide among them.
+        """
+        self.model.shard(group or mx.distributed.init())
 
     def make_cache(self) -> list[Any]:
         return [layer.attn.make_cache() for layer in self.layers]
