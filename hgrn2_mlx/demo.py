@@ -121,7 +121,6 @@ def run(prompt: str, max_tokens: int, seconds: float) -> None:
             f"(difference {loss.mlx - loss.reference:+.4f})"
         )
 
-
         print("\n4. Fine-tune with LoRA on the documentation strings of Python's standard library")
         tuned = fine_tune_demo(model, tokenizer, seconds=seconds)
         print(
