@@ -143,8 +143,8 @@ def _add_convert(subcommands: argparse._SubParsersAction) -> None:
     parser = subcommands.add_parser(
         "convert",
         help="convert a PyTorch checkpoint to an MLX folder, or back",
-        description="Convert an HGRN2 checkpoint of flash-linear-attention to an MLX folder, "
-        "an MLX folder to such a checkpoint, or check one against the other.",
+        description="Convert a PyTorch checkpoint of HGRN2 or HGRN to an MLX folder, "
+        "an MLX folder to one of flash-linear-attention, or check one against the other.",
     )
     # Both spellings fill one value, and an absent positional must not reset it.
     parser.add_argument("source", nargs="?", default=argparse.SUPPRESS, help="same as --hf-path")
@@ -359,11 +359,14 @@ def _add_train(subcommands: argparse._SubParsersAction) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
+    from mlx_lm.cli_ui import rprint
+
     from .train import TrainConfig, how_to_resume, train
 
     config = TrainConfig.load(options.config)
     try:
-        print(train(config))
-    except Interrupted as interrupt:
-        interrupt.args = (f"interrupted; {how_to_resume(config)}",)
+        folder = train(config)
+    except (Interrupted, ConnectionError) as error:
+        error.args = (f"{error}; {how_to_resume(config)}",)
         raise
+    rprint(folder)

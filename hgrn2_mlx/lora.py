@@ -25,6 +25,7 @@ from mlx_lm.utils import load
 
 from .lora_data import load_data
 from .loss_log import LossLog, draw_losses
+from .processes import all_needed, wait_for_all
 
 # Every projection of a layer; k and v are those of a hybrid's attention layers, g is HGRN's.
 # Not adapted: embeddings and head, norms, convolutions, lower bounds and pseudo-queries.
@@ -133,6 +134,7 @@ def run(args: types.SimpleNamespace) -> None:
 
     Writes into the folder ``args.adapter_path`` what mlx-lm does (``adapters.safetensors``,
     numbered copies of it and ``adapter_config.json``), and ``losses.jsonl`` and ``loss.png``.
+    Several processes (``mlx.launch``) share every batch.
 
     Args:
         args: From :func:`read_settings`.
@@ -141,8 +143,14 @@ def run(args: types.SimpleNamespace) -> None:
         ValueError: If the data, the model and the settings do not fit together, or
             the folder holds an adapter already and none is resumed. Nothing has
             been written then.
+        ConnectionError: If another process of the run has ended.
         OSError: If a file cannot be read or written.
     """
+    with all_needed():
+        _run(args)
+
+
+def _run(args: types.SimpleNamespace) -> None:
     folder = Path(args.adapter_path)
     adapter = folder / "adapters.safetensors"
     if args.train and args.resume_adapter_file is None and adapter.exists():
@@ -174,6 +182,7 @@ def run(args: types.SimpleNamespace) -> None:
     if args.train:
         _check_trainable(args, model)
         log = _open_log(args, folder)
+        wait_for_all()  # mlx-lm now writes over a configuration that others may be reading.
         mlx_lm.lora.train_model(args, model, train_set, valid_set, log)
         rprint(f"Adapter written to {folder}")
         if mx.distributed.init().rank() == 0:

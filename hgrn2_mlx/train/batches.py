@@ -19,17 +19,28 @@ class TrainingBatches:
         batch_size: Windows in a batch.
         sequence_length: Tokens predicted in a window, which has one more.
         seed: Of starts and orders.
+        rank: Which process this is, of ``processes`` that share every batch.
+        processes: Their number, which divides ``batch_size``.
 
     Raises:
         ValueError: If the tokens do not fill one window.
     """
 
-    def __init__(self, tokens: np.ndarray, batch_size: int, sequence_length: int, seed: int):
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        batch_size: int,
+        sequence_length: int,
+        seed: int,
+        rank: int = 0,
+        processes: int = 1,
+    ):
         _check_fills_a_window(tokens, sequence_length, "train")
         self.tokens = tokens
         self.batch_size = batch_size
         self.sequence_length = sequence_length
         self.seed = seed
+        self.share = slice(rank, None, processes)
         # A window fewer than would fit leaves room for the random start.
         self.windows = max(1, len(tokens) // sequence_length - 1)
         self._starts = lru_cache(maxsize=2)(self._draw_starts)
@@ -41,8 +52,12 @@ class TrainingBatches:
         return first + self.sequence_length * generator.permutation(self.windows)
 
     def __getitem__(self, step: int) -> np.ndarray:
-        """The batch of a step (from 0): ``[batch_size, sequence_length + 1]``, int32."""
-        positions = range(step * self.batch_size, (step + 1) * self.batch_size)
+        """The process's share of the batch of a step (from 0).
+
+        Returns:
+            ``[batch_size / processes, sequence_length + 1]``, int32.
+        """
+        positions = range(step * self.batch_size, (step + 1) * self.batch_size)[self.share]
         starts = [self._starts(n // self.windows)[n % self.windows] for n in positions]
         return _windows(self.tokens, starts, self.sequence_length)
 
@@ -53,15 +68,27 @@ class ValidationBatches:
     Args and errors as for :class:`TrainingBatches`.
     """
 
-    def __init__(self, tokens: np.ndarray, batch_size: int, sequence_length: int):
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        batch_size: int,
+        sequence_length: int,
+        rank: int = 0,
+        processes: int = 1,
+    ):
         _check_fills_a_window(tokens, sequence_length, "validation")
         self.tokens = tokens
-        self.batch_size = batch_size
+        self.batch_size = batch_size // processes
         self.sequence_length = sequence_length
+        self.share = slice(rank, None, processes)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        """Batches ``[B, sequence_length + 1]``, int32; B is ``batch_size``, less in the last."""
+        """Batches ``[B, sequence_length + 1]`` of the process's share of the windows, int32.
+
+        B is ``batch_size / processes``, less in the last.
+        """
         starts = range(0, len(self.tokens) - self.sequence_length, self.sequence_length)
+        starts = starts[self.share]
         for n in range(0, len(starts), self.batch_size):
             yield _windows(self.tokens, starts[n : n + self.batch_size], self.sequence_length)
 

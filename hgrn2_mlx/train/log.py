@@ -17,12 +17,14 @@ class RunLog:
             from it, as the run is about to write them again.
         done: Steps done so far.
         steps: Steps in all.
+        silent: Whether to write and print nothing, as all processes but one.
     """
 
-    def __init__(self, path: Path, done: int, steps: int):
+    def __init__(self, path: Path, done: int, steps: int, silent: bool = False):
         self.path = path
+        self.silent = silent
         self.done = done
-        console = Console(stderr=True, highlight=False)
+        console = Console(stderr=True, highlight=False, quiet=silent)
         self.progress = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -30,13 +32,14 @@ class RunLog:
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(),
             console=console,
-            disable=not console.is_terminal,
+            disable=silent or not console.is_terminal,
         )
         self.task = self.progress.add_task("", total=steps, completed=done, figures="")
 
     def __enter__(self) -> "RunLog":
-        _forget_steps_after(self.path, self.done)
-        self.file = open(self.path, "a", encoding="utf-8")
+        if not self.silent:
+            _forget_steps_after(self.path, self.done)
+        self.file = open(os.devnull if self.silent else self.path, "a", encoding="utf-8")
         self.progress.start()
         return self
 

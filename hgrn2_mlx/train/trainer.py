@@ -1,4 +1,4 @@
-"""The training step: loss, gradients, clipping, AdamW."""
+"""The training step: loss, gradients, their mean over the processes, clipping, AdamW."""
 
 from collections.abc import Callable, Iterable
 from functools import cached_property
@@ -8,9 +8,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
+from mlx.nn.utils import average_gradients
 from mlx.utils import tree_map_with_path
 
 from ..models.language_model import LanguageModel
+from ..processes import from_first_process
 from .config import TrainConfig
 from .optimizer import build_optimizer, learning_rate_schedule
 
@@ -18,7 +20,7 @@ DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
 
 
 class Trainer:
-    """A model, its optimizer, and the step that moves both.
+    """A model, its optimizer, and the step that moves both, in every process alike.
 
     Args:
         model: A model with float32 weights, which stay float32; the forward and
@@ -32,6 +34,7 @@ class Trainer:
     def __init__(self, model: LanguageModel, config: TrainConfig, compiled: bool | None = None):
         self.model = model.train()
         self.config = config
+        self.group = mx.distributed.init()
         self.compiled = mx.metal.is_available() if compiled is None else compiled
         schedule = learning_rate_schedule(config.optimizer, config.steps)
         self.optimizer = build_optimizer(config.optimizer, schedule)
@@ -42,13 +45,16 @@ class Trainer:
 
         Args:
             step: Updates done so far; with the seed it decides the dropout.
-            batch: Token ids ``[B, T + 1]``; all but the first of each row are predicted.
+            batch: Token ids ``[B, T + 1]``, the process's share; all but the first of
+                each row are predicted.
 
         Returns:
-            The mean loss before the update, in nats per token, and the norm of its
-            gradient before clipping.
+            The mean loss of all processes before the update, in nats per token, and
+            the norm of its gradient before clipping.
         """
-        mx.random.seed((self.config.seed << 32) + step)
+        # Every process drops something else, and a single one what it always did.
+        place = step * self.group.size() + self.group.rank()
+        mx.random.seed((self.config.seed << 32) + place)
         loss, gradient_norm = self._update(mx.array(batch))
         mx.eval(loss, gradient_norm, self.model.state, self.optimizer.state)
         return loss.item(), gradient_norm.item()
@@ -60,6 +66,8 @@ class Trainer:
         def update(batch: mx.array) -> tuple[mx.array, mx.array]:
             parameters = self.model.trainable_parameters()
             loss, gradients = mx.value_and_grad(self._loss)(parameters, batch)
+            loss = mx.distributed.all_sum(loss) / self.group.size()
+            gradients = average_gradients(gradients)
             gradients, norm = optim.clip_grad_norm(gradients, self.config.optimizer.gradient_clip)
             self.model.update(self.optimizer.apply_gradients(gradients, parameters))
             return loss, norm
@@ -84,14 +92,35 @@ class Trainer:
         return tree_map_with_path(lambda n, p: p.astype(dtype) if castable(n) else p, parameters)
 
     def evaluate(self, batches: Iterable[np.ndarray]) -> float:
-        """The mean loss over batches ``[B, T + 1]`` without dropout, in nats per token."""
+        """The mean loss without dropout, in nats per token.
+
+        Args:
+            batches: ``[B, T + 1]`` each, the process's share.
+        """
         parameters = self.model.parameters()
         self.model.eval()
-        total = tokens = 0
+        total = tokens = 0.0
         for batch in batches:
             count = batch[:, 1:].size
             total += count * self._loss(parameters, mx.array(batch)).item()
             tokens += count
         self.model.train()
         self.model.update(parameters)
+        sums = mx.array([total, tokens], mx.float64)
+        total, tokens = mx.distributed.all_sum(sums, stream=mx.cpu).tolist()
         return total / tokens
+
+    def start_from_first_process(self, done: int) -> int:
+        """Gives every process the weights and the optimizer that rank 0 has.
+
+        Args:
+            done: Updates done by the process's own count.
+
+        Returns:
+            Those of rank 0.
+        """
+        if self.group.size() == 1:
+            return done
+        self.model.update(from_first_process(self.model.parameters()))
+        self.optimizer.state = from_first_process(self.optimizer.state)
+        return from_first_process({"done": mx.array(done)})["done"].item()
