@@ -110,7 +110,7 @@ def _add_demo(subcommands: argparse._SubParsersAction) -> None:
         "--seconds",
         type=float,
         default=20.0,
-        help="time for the validation loss, and as much for the fine-tuning (default: 20)",
+        help="time for the validation loss; fine-tuning takes up to twice that (default: 20)",
     )
     parser.set_defaults(run=_demo)
 

@@ -86,8 +86,8 @@ def run(prompt: str, max_tokens: int, seconds: float) -> None:
     Args:
         prompt: What the text starts with.
         max_tokens: Tokens to generate.
-        seconds: Time to give to the validation loss, and as much to the fine-tuning;
-            how far they got is reported.
+        seconds: Time to give to the validation loss, and at most twice as much to the
+            fine-tuning; how far they got is reported.
     """
     # MLX multiplies float32 matrices faster than bfloat16 ones on a CPU.
     dtype = "float32" if mx.default_device() == mx.cpu else None
@@ -122,7 +122,7 @@ def run(prompt: str, max_tokens: int, seconds: float) -> None:
         )
 
         print("\n4. Fine-tune with LoRA on the documentation strings of Python's standard library")
-        tuned = fine_tune_demo(model, tokenizer, seconds=seconds)
+        tuned = fine_tune_demo(model, tokenizer, seconds=2 * seconds)
         print(
             f"{tuned.steps} steps, {tuned.tokens} tokens, {tuned.adapter_parameters:,} of "
             f"{tuned.parameters:,} parameters in {tuned.seconds:.0f} s: loss on documentation "

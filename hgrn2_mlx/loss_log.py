@@ -58,19 +58,15 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def draw_losses(log: Path, picture: Path) -> None:
-    """Draws the curves of a :class:`LossLog`'s file, or says what that needs.
+    """Draws the curves of a :class:`LossLog`'s file.
 
     Args:
         log: The file of losses.
         picture: The PNG to write.
     """
-    try:
-        import matplotlib.figure
-    except ModuleNotFoundError:
-        print("For a picture of the losses: pip install 'hgrn2-mlx[plot]'")
-        return
+    from matplotlib.figure import Figure  # Slow to import.
 
-    figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="iteration", ylabel="loss (nats per token)")
     for key, label in (("train_loss", "training"), ("val_loss", "validation")):
         points = [(entry["iteration"], entry[key]) for entry in _read(log) if key in entry]

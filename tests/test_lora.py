@@ -15,7 +15,6 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from hgrn2_mlx import loss_log
 from hgrn2_mlx.cli import main
 from hgrn2_mlx.convert import convert
 from hgrn2_mlx.fine_tuning_demo import docstrings, fine_tune_demo
@@ -365,16 +364,9 @@ def test_example_configuration_is_understood(tmp_path):
 
 
 def test_losses_are_drawn(settings):
-    pytest.importorskip("matplotlib")
     args = settings(iters=2)
     run(args)
     assert (Path(args.adapter_path) / "loss.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_without_matplotlib_a_line_says_how_to_get_the_picture(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    loss_log.draw_losses(tmp_path / "losses.jsonl", tmp_path / "loss.png")
-    assert "pip install 'hgrn2-mlx[plot]'" in capsys.readouterr().out
 
 
 def test_test_loss_of_an_adapter(settings, capfd):
