@@ -4,13 +4,13 @@ fla runs on the CPU, its kernels in Triton's interpreter, under PyTorch's AdamW.
 """
 
 import math
-import os
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from hgrn2_mlx.convert.fla_on_cpu import import_fla, is_installed
 from hgrn2_mlx.models.hgrn2 import Model
 from hgrn2_mlx.train import TrainConfig
 from hgrn2_mlx.train.batches import TrainingBatches
@@ -19,11 +19,11 @@ from hgrn2_mlx.train.trainer import Trainer
 
 pytestmark = pytest.mark.parity
 
-os.environ["TRITON_INTERPRET"] = "1"  # read when fla is imported
-REASON = "needs real flash-linear-attention: pip install 'hgrn2-mlx[parity]'"
-torch = pytest.importorskip("torch", reason=REASON)
-autotuner = pytest.importorskip("triton.runtime.autotuner", reason=REASON)
-fla_models = pytest.importorskip("fla.models", reason=REASON)
+if not is_installed():
+    reason = "needs real flash-linear-attention: pip install 'hgrn2-mlx[parity]'"
+    pytest.skip(reason, allow_module_level=True)
+fla_models = import_fla()
+torch = pytest.importorskip("torch")
 
 STEPS = 50
 VOCAB = 64
@@ -50,11 +50,7 @@ CONFIG = TrainConfig.from_dict(
 
 
 @pytest.fixture
-def fla_model(monkeypatch):
-    def no_timing(self, *args, config, **kwargs):
-        return 1.0
-
-    monkeypatch.setattr(autotuner.Autotuner, "_bench", no_timing)
+def fla_model():
     torch.manual_seed(0)
     config = fla_models.HGRN2Config(**MODEL, attn_mode="fused_recurrent")
     return fla_models.HGRN2ForCausalLM(config).train()
