@@ -5,7 +5,7 @@ whose signature MLX generates. On an Apple GPU they are Metal; on an NVIDIA GPU
 ``cuda.h`` in front of them makes them CUDA.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 
 import mlx.core as mx
@@ -32,7 +32,12 @@ def on_gpu() -> bool:
 
 
 def make_kernel(
-    name: str, file: str, inputs: list[str], outputs: list[str], call: str
+    name: str,
+    file: str,
+    inputs: list[str],
+    outputs: list[str],
+    call: str,
+    threadgroup: Sequence[tuple[str, str, str]] = (),
 ) -> Callable[..., list[mx.array]]:
     """A kernel for the GPU at hand from one file of ``metal/``.
 
@@ -43,10 +48,19 @@ def make_kernel(
         outputs: Names of the outputs in ``call``.
         call: The kernel's body: a call of the file's function template. It may
             use ``group``, ``simdgroup`` (in its threadgroup) and ``lane``.
+        threadgroup: Arrays in threadgroup memory that ``call`` may use: type, name
+            and number of elements, as written in the source. Both languages know
+            such declarations in the kernel's body only.
     """
     header = "".join(METAL.joinpath(part).read_text() + "\n" for part in (*HEADERS, file))
     arguments = {"name": name, "input_names": inputs, "output_names": outputs}
     if mx.cuda.is_available():
         cuda = METAL.joinpath("cuda.h").read_text()
-        return mx.fast.cuda_kernel(**arguments, header=cuda + header, source=CUDA_INDICES + call)
-    return mx.fast.metal_kernel(**arguments, header=header, source=METAL_INDICES + call)
+        body = CUDA_INDICES + _declare("__shared__", threadgroup) + call
+        return mx.fast.cuda_kernel(**arguments, header=cuda + header, source=body)
+    body = METAL_INDICES + _declare("threadgroup", threadgroup) + call
+    return mx.fast.metal_kernel(**arguments, header=header, source=body)
+
+
+def _declare(space: str, arrays: Sequence[tuple[str, str, str]]) -> str:
+    return "".join(f"{space} {kind} {name}[{size}];\n" for kind, name, size in arrays)
