@@ -1,11 +1,11 @@
 """The decode kernel with a gradient and a safety net."""
 
 import functools
-import warnings
 
 import mlx.core as mx
 
 from .. import kernels
+from . import first_use
 from .recurrent import recurrent
 
 
@@ -44,18 +44,9 @@ def decode(
 
 @functools.cache
 def _kernel_is_right() -> bool:
-    """Compares the kernel with the operations, once per process; warns if it cannot be used."""
     q, f, v = mx.random.normal((3, 2, 2, 2, 64), key=mx.random.key(0))
     state = mx.random.normal((2, 2, 64, 64), key=mx.random.key(1))
-    arguments = (q, f, v, mx.full((2, 64), 0.25), state, 0.125)
-    try:
-        right = all(
-            mx.allclose(got, want, rtol=1e-3, atol=1e-3).item()
-            for got, want in zip(decode(*arguments), recurrent(*arguments))
-        )
-        problem = "its result differs from that of MLX's operations"
-    except RuntimeError as error:
-        right, problem = False, f"it does not run: {error}"
-    if not right:
-        warnings.warn(f"hgrn2-mlx: decode kernel not used, {problem}", stacklevel=2)
-    return right
+    kernel, operations = (functools.partial(form, scale=0.125) for form in (decode, recurrent))
+    return first_use.is_right(
+        "decode", kernel, operations, (q, f, v, mx.full((2, 64), 0.25), state)
+    )
