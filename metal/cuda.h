@@ -4,12 +4,20 @@
 #define device
 #define constant
 #define threadgroup
+#define thread
 
 using uint = unsigned int;
 
-__device__ inline float simd_sum(float x) {
-  for (int distance = 16; distance > 0; distance /= 2) {
-    x += __shfl_xor_sync(0xffffffffu, x, distance);
+// MLX compiles every function for the GPU; registers last longest where none is called.
+#define inline __forceinline__
+
+inline float simd_shuffle_xor(float x, uint mask) {
+  return __shfl_xor_sync(0xffffffffu, x, mask);
+}
+
+inline float simd_sum(float x) {
+  for (uint distance = 16; distance > 0; distance /= 2) {
+    x += simd_shuffle_xor(x, distance);
   }
   return x;
 }
@@ -17,9 +25,10 @@ __device__ inline float simd_sum(float x) {
 // A barrier of CUDA orders all memory, whatever a source asks of it.
 enum class mem_flags { mem_none, mem_device, mem_threadgroup };
 
-__device__ inline void threadgroup_barrier(mem_flags) {
-  __syncthreads();
+inline void simdgroup_barrier(mem_flags) {
+  __syncwarp();
 }
 
-// The sources say `inline`; CUDA wants to hear where.
-#define inline __device__ __forceinline__
+inline void threadgroup_barrier(mem_flags) {
+  __syncthreads();
+}

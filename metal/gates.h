@@ -15,6 +15,10 @@ inline float silu(float x) {
   return x / (1.0f + exp(-x));
 }
 
+inline float silu_derivative(float x) {
+  return sigmoid(x) * (1.0f + x * sigmoid(-x));
+}
+
 struct Gates {
   float forget;
   float key;
@@ -26,4 +30,30 @@ inline Gates gates(float f, float lower_bound) {
   g.forget = sigmoid(f) + lower_bound * closed;
   g.key = (1.0f - lower_bound) * closed;
   return g;
+}
+
+struct GateGradients {
+  float logit;
+  float bound;
+};
+
+// From the gradients of the gate's logarithm and of the key to those of the logit x and
+// of the lower bound:
+//
+//   df/dx = sigmoid(x) k,   dk/dx = -sigmoid(x) k,   df/dlb = sigmoid(-x) = -dk/dlb
+//
+// The logarithm's gradient is a sum with rounding errors of its own, and holds nothing of
+// a gate below SMALLEST_GATE: such a gate counts as if it were that large. In the logit
+// that changes nothing, as k sigmoid(x) / f is at most 1; it matters for the gradient of a
+// lower bound near 0 only.
+constexpr constant float SMALLEST_GATE = 1e-6f;
+
+inline GateGradients gate_gradients(
+    float x, float lower_bound, Gates gate, float log_gate_gradient, float key_gradient) {
+  const float opened = sigmoid(x);
+  const float gate_gradient = log_gate_gradient / max(gate.forget, SMALLEST_GATE);
+  GateGradients gradients;
+  gradients.logit = gate.key * opened * (gate_gradient - key_gradient);
+  gradients.bound = sigmoid(-x) * (gate_gradient - key_gradient);
+  return gradients;
 }

@@ -69,7 +69,7 @@ def decode(
 def _kernel():
     return make_kernel(
         name="hgrn2_decode",
-        file="decode.h",
+        files=["gates.h", "decode.h"],
         inputs=["q", "f", "v", "lower_bound", "state_in", "scale"],
         outputs=["out", "state_out"],
         call="""

@@ -93,7 +93,7 @@ def _launch(x: mx.array) -> dict:
 def _forward():
     return make_kernel(
         name="hgrn_scan",
-        file="elementwise_scan.h",
+        files=["gates.h", "elementwise_scan.h"],
         inputs=["x", "f", "lower_bound", "state_in"],
         outputs=["out", "state_out", "tile_states"],
         threadgroup=[("float", name, "2 * SIMDGROUPS * 32") for name in ("decays", "writes")],
@@ -110,7 +110,7 @@ def _backward():
     shared = ("decays", "writes", "grads")
     return make_kernel(
         name="hgrn_scan_backward",
-        file="elementwise_scan_backward.h",
+        files=["gates.h", "elementwise_scan_backward.h"],
         inputs=["x", "f", "lower_bound", "tile_states", "out_grad", "state_out_grad"],
         outputs=["x_grad", "f_grad", "lower_bound_grad", "state_in_grad"],
         threadgroup=[("float", name, "2 * SIMDGROUPS * 32") for name in shared],

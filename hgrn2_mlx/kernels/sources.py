@@ -2,16 +2,17 @@
 
 The files in ``metal/`` are function templates; the kernel itself is one line,
 whose signature MLX generates. On an Apple GPU they are Metal; on an NVIDIA GPU
-``cuda.h`` in front of them makes them CUDA.
+``cuda.h`` in front of them makes them CUDA. Matrix products are the GPU's own, so
+``tile.h`` stands on ``tile_metal.h`` or on ``tile_cuda.h``.
 """
 
+import zlib
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 
 import mlx.core as mx
 
 METAL = files("hgrn2_mlx.metal")
-HEADERS = ("gates.h",)
 
 # Thread indices under the names the one-line kernels use.
 CUDA_INDICES = """
@@ -33,33 +34,40 @@ def on_gpu() -> bool:
 
 def make_kernel(
     name: str,
-    file: str,
+    files: Sequence[str],
     inputs: list[str],
     outputs: list[str],
     call: str,
     threadgroup: Sequence[tuple[str, str, str]] = (),
 ) -> Callable[..., list[mx.array]]:
-    """A kernel for the GPU at hand from one file of ``metal/``.
+    """A kernel for the GPU at hand from files of ``metal/``.
 
     Args:
         name: Name of the kernel.
-        file: Source file in ``metal/``.
+        files: Source files in ``metal/``, each after those it needs.
         inputs: Names of the inputs in ``call``.
         outputs: Names of the outputs in ``call``.
-        call: The kernel's body: a call of the file's function template. It may
+        call: The kernel's body: a call of a function template of the files. It may
             use ``group``, ``simdgroup`` (in its threadgroup) and ``lane``.
         threadgroup: Arrays in threadgroup memory that ``call`` may use: type, name
             and number of elements, as written in the source. Both languages know
             such declarations in the kernel's body only.
     """
-    header = "".join(METAL.joinpath(part).read_text() + "\n" for part in (*HEADERS, file))
     arguments = {"name": name, "input_names": inputs, "output_names": outputs}
     if mx.cuda.is_available():
-        cuda = METAL.joinpath("cuda.h").read_text()
+        header = _read(["cuda.h", *files], "tile_cuda.h")
         body = CUDA_INDICES + _declare("__shared__", threadgroup) + call
-        return mx.fast.cuda_kernel(**arguments, header=cuda + header, source=body)
+        # MLX keeps compiled kernels on disk by their name alone: another source needs another.
+        arguments["name"] += f"_{zlib.crc32((header + body).encode()):08x}"
+        return mx.fast.cuda_kernel(**arguments, header=header, source=body)
+    header = _read(files, "tile_metal.h")
     body = METAL_INDICES + _declare("threadgroup", threadgroup) + call
     return mx.fast.metal_kernel(**arguments, header=header, source=body)
+
+
+def _read(names: Sequence[str], fragments: str) -> str:
+    parts = [part for name in names for part in ([fragments] if name == "tile.h" else []) + [name]]
+    return "".join(METAL.joinpath(part).read_text() + "\n" for part in parts)
 
 
 def _declare(space: str, arrays: Sequence[tuple[str, str, str]]) -> str:

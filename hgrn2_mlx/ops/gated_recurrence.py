@@ -7,6 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .chunked import chunked
+from .chunked_kernels import can_run, chunked_kernels
 from .decode import can_decode, decode
 from .recurrent import recurrent
 
@@ -29,11 +30,12 @@ def gated_recurrence(
         S_t = Diag(f_t) S_{t-1} + (1 - f_t) (x) v_t
         o_t = q_t S_t
 
-    All arithmetic and the state are float32 whatever the inputs' type. A few tokens
+    The state and all sums are float32 whatever the inputs' type. A few tokens
     (decoding) run in one kernel on a GPU, one token in one step elsewhere, more
-    run chunk by chunk; all give the same numbers up to rounding, for any length,
-    gates from 0 to 1 and any split of a sequence into calls that hand on the
-    state. Differentiable in ``q``, ``f``, ``v``, ``lower_bound`` and ``state``.
+    run chunk by chunk, in kernels on a GPU; all give the same numbers up to
+    rounding, for any length, gates from 0 to 1 and any split of a sequence into
+    calls that hand on the state. Differentiable in ``q``, ``f``, ``v``,
+    ``lower_bound`` and ``state``.
 
     Args:
         q: Query logits ``[B, T, H, K]`` (before ``query_act``), float32, bfloat16 or float16.
@@ -83,6 +85,8 @@ def gated_recurrence(
         f = mx.where(mask[..., None, None], f, mx.array(mx.inf, f.dtype))
     if query_act is nn.silu and can_decode(q, f, v):
         form = decode
+    elif query_act is nn.silu and can_run(q, f, v):
+        form = chunked_kernels
     else:
         form = functools.partial(recurrent if length == 1 else chunked, query_act=query_act)
     return form(q, f, v, lower_bound, state, scale)

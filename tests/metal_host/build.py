@@ -96,7 +96,7 @@ def kernel_source(kernel: TracedKernel) -> str:
     """The traced text as C++, and a function that calls the kernel for one thread."""
     # Storage comes from the scheduler, which shares it, poisons it and counts it.
     text = kernel.declare_threadgroup_variables(
-        "{type} (&{name}){dimensions} = host::threadgroup_variable<{index}, {type}{dimensions}>();"
+        "auto& {name} = host::threadgroup_variable<{index}, {type}{dimensions}>();"
     )
     arguments = []
     for index, buffer in enumerate(kernel.buffers):
