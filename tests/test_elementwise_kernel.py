@@ -19,6 +19,9 @@ from hgrn2_mlx import kernels
 from hgrn2_mlx.ops import elementwise_recurrence
 from hgrn2_mlx.ops import elementwise_scan as scan_form
 
+# A kernel that is left aside is a failure here, unless a test expects it.
+pytestmark = pytest.mark.filterwarnings("error:hgrn2-mlx")
+
 SHAPES = {  # batch, tokens, channels
     "one token": (1, 1, 64),
     "one token in a batch, fewer channels than lanes": (3, 1, 9),
@@ -162,6 +165,18 @@ def test_results_alone_have_gradients():
 
             gradients = mx.grad(loss, argnums=range(4))(*inputs)
             assert_close(gradients, expected_gradients(inputs, cotangents), 5e-6)
+
+
+def test_a_sequence_in_pieces_gives_what_it_gives_whole():
+    x, f, lower_bound, state = inputs = make_inputs(SHAPES["several tiles"])
+    cuts = [100, 101, 102, 110]
+    pieces = []
+    with executing():
+        for x_piece, f_piece in zip(mx.split(x, cuts, 1), mx.split(f, cuts, 1), strict=True):
+            states, state = elementwise_recurrence(x_piece, f_piece, lower_bound, state)
+            pieces.append(states)
+    expected = expected_results(inputs)
+    assert_close([mx.concatenate(pieces, axis=1), state], expected, TOLERANCES[mx.float32])
 
 
 def test_masked_tokens_leave_the_state_exactly_as_it_was():
