@@ -42,17 +42,24 @@ inline void prepare_chunk(
   }
 
   for (uint slice = 0; slice < K; slice += 64) {
-    const uint channel = slice + 2 * lane;
-    const bool own = channel < K;
-    float2 bound;
-    bound.x = own ? lower_bound[head * K + channel] : 0.0f;
-    bound.y = own ? lower_bound[head * K + channel + 1] : 0.0f;
+    const bool own = slice + 2 * lane < K;
+    const uint channel = own ? slice + 2 * lane : 0;
+    const float2 bound = load_pair(lower_bound + head * K + channel);
 
-    Token token[CHUNK];
+    // All reads before any use of one, and none behind a condition: they overlap.
+    float2 q_logits[CHUNK], f_logits[CHUNK];
 #pragma unroll
     for (int t = 0; t < CHUNK; ++t) {
-      const uint at = origin + t * token_stride + channel;
-      token[t] = load_token(q + at, f + at, bound, scale, own && first + t < length);
+      const uint at = origin + min(uint(t), length - 1 - first) * token_stride + channel;
+      q_logits[t] = load_pair(q + at);
+      f_logits[t] = load_pair(f + at);
+    }
+    Token x[CHUNK], y[CHUNK]; // of the lane's two channels
+#pragma unroll
+    for (int t = 0; t < CHUNK; ++t) {
+      const bool present = own && first + t < length;
+      x[t] = make_token(q_logits[t].x, f_logits[t].x, bound.x, scale, present);
+      y[t] = make_token(q_logits[t].y, f_logits[t].y, bound.y, scale, present);
     }
 
 #pragma unroll
@@ -66,16 +73,16 @@ inline void prepare_chunk(
       for (int part = 0; part < 2; ++part) {
         const int s = part == 0 ? round : CHUNK - round;
         if (s < CHUNK && (part == 0 || 2 * round != CHUNK)) {
-          float x = token[s].gates[0].key;
-          float y = token[s].gates[1].key;
+          float x_key = x[s].key;
+          float y_key = y[s].key;
 #pragma unroll
           for (int t = 0; t < CHUNK; ++t) {
             if (t > s) {
-              x *= token[t].gates[0].forget;
-              y *= token[t].gates[1].forget;
+              x_key *= x[t].forget;
+              y_key *= y[t].forget;
             }
             if (t >= s) {
-              score[part == 0 ? t - s : t] = token[t].query.x * x + token[t].query.y * y;
+              score[part == 0 ? t - s : t] = x[t].query * x_key + y[t].query * y_key;
             }
           }
         }
@@ -87,12 +94,12 @@ inline void prepare_chunk(
     product.x = product.y = 1.0f;
 #pragma unroll
     for (int t = 0; t < CHUNK; ++t) {
-      product.x *= token[t].gates[0].forget;
-      product.y *= token[t].gates[1].forget;
+      product.x *= x[t].forget;
+      product.y *= y[t].forget;
       if (own && first + t < length) {
         float2 entering;
-        entering.x = token[t].query.x * product.x;
-        entering.y = token[t].query.y * product.y;
+        entering.x = x[t].query * product.x;
+        entering.y = y[t].query * product.y;
         store_pair(entering_queries + origin + t * token_stride + channel, entering);
       }
     }
@@ -104,12 +111,12 @@ inline void prepare_chunk(
     for (int t = CHUNK - 1; t >= 0; --t) {
       if (own && first + t < length) {
         float2 leaving;
-        leaving.x = token[t].gates[0].key * product.x;
-        leaving.y = token[t].gates[1].key * product.y;
+        leaving.x = x[t].key * product.x;
+        leaving.y = y[t].key * product.y;
         store_pair(leaving_keys + origin + t * token_stride + channel, leaving);
       }
-      product.x *= token[t].gates[0].forget;
-      product.y *= token[t].gates[1].forget;
+      product.x *= x[t].forget;
+      product.y *= y[t].forget;
     }
   }
 

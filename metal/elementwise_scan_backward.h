@@ -6,11 +6,6 @@
 // the gradient of the final state, before the first that of the initial one. The states
 // are computed again from those that tiles start from, which the forward pass kept.
 
-// The derivative of silu.
-inline float silu_slope(float x) {
-  return sigmoid(x) * (1.0f + x * sigmoid(-x));
-}
-
 template <typename T, int RUN, int SIMDGROUPS>
 inline void elementwise_scan_backward(
     const device T* x, // [B, length, dim]
@@ -95,11 +90,12 @@ inline void elementwise_scan_backward(
         // A gate that opens keeps more of the state and writes less of the input. Its
         // derivative in the logit is (1 - lb) sigmoid(f) sigmoid(-f).
         const float gate_grad = grad * (before[i] - silu(input[i]));
-        bound_grad += gate_grad * sigmoid(-logit[i]);
+        const Sigmoids s = sigmoids(logit[i]);
+        bound_grad += gate_grad * s.closed;
         if (stores) {
           const size_t at = row + size_t(start + i) * dim;
-          x_grad[at] = T(grad * gate[i].key * silu_slope(input[i]));
-          f_grad[at] = T(gate_grad * gate[i].key * sigmoid(logit[i]));
+          x_grad[at] = T(grad * gate[i].key * silu_derivative(input[i]));
+          f_grad[at] = T(gate_grad * gate[i].key * s.opened);
         }
       }
     }

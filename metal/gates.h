@@ -7,16 +7,29 @@
 // stands. At f = +inf, which stands for a masked token, the gate is exactly 1 and
 // the key exactly 0.
 
-inline float sigmoid(float x) {
-  return 1.0f / (1.0f + exp(-x));
+// sigmoid(x) and sigmoid(-x), each as precise as the other.
+struct Sigmoids {
+  float opened;
+  float closed;
+};
+
+inline Sigmoids sigmoids(float x) {
+  const float z = exponential(-abs(x));
+  const float large = reciprocal(1.0f + z);
+  const float small = z * large;
+  Sigmoids s;
+  s.opened = x >= 0.0f ? large : small;
+  s.closed = x >= 0.0f ? small : large;
+  return s;
 }
 
 inline float silu(float x) {
-  return x / (1.0f + exp(-x));
+  return x * sigmoids(x).opened;
 }
 
 inline float silu_derivative(float x) {
-  return sigmoid(x) * (1.0f + x * sigmoid(-x));
+  const Sigmoids s = sigmoids(x);
+  return s.opened * (1.0f + x * s.closed);
 }
 
 struct Gates {
@@ -25,10 +38,10 @@ struct Gates {
 };
 
 inline Gates gates(float f, float lower_bound) {
-  const float closed = sigmoid(-f);
+  const Sigmoids s = sigmoids(f);
   Gates g;
-  g.forget = sigmoid(f) + lower_bound * closed;
-  g.key = (1.0f - lower_bound) * closed;
+  g.forget = s.opened + lower_bound * s.closed;
+  g.key = (1.0f - lower_bound) * s.closed;
   return g;
 }
 
@@ -49,11 +62,12 @@ struct GateGradients {
 constexpr constant float SMALLEST_GATE = 1e-6f;
 
 inline GateGradients gate_gradients(
-    float x, float lower_bound, Gates gate, float log_gate_gradient, float key_gradient) {
-  const float opened = sigmoid(x);
-  const float gate_gradient = log_gate_gradient / max(gate.forget, SMALLEST_GATE);
+    float x, float lower_bound, float log_gate_gradient, float key_gradient) {
+  const Sigmoids s = sigmoids(x);
+  const float forget = s.opened + lower_bound * s.closed;
+  const float gate_gradient = log_gate_gradient * reciprocal(max(forget, SMALLEST_GATE));
   GateGradients gradients;
-  gradients.logit = gate.key * opened * (gate_gradient - key_gradient);
-  gradients.bound = sigmoid(-x) * (gate_gradient - key_gradient);
+  gradients.bound = s.closed * (gate_gradient - key_gradient);
+  gradients.logit = (1.0f - lower_bound) * s.opened * gradients.bound;
   return gradients;
 }

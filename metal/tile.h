@@ -13,13 +13,13 @@ struct Tile {
 };
 
 template <int ROWS, int COLUMNS>
-inline void clear(thread Tile<ROWS, COLUMNS>& tile) {
+inline void fill(thread Tile<ROWS, COLUMNS>& tile, float value) {
 #pragma unroll
   for (int i = 0; i < ROWS / 8; ++i) {
 #pragma unroll
     for (int j = 0; j < COLUMNS / 8; ++j) {
-      tile.at[i][j].x = 0.0f;
-      tile.at[i][j].y = 0.0f;
+      tile.at[i][j].x = value;
+      tile.at[i][j].y = value;
     }
   }
 }

@@ -39,7 +39,8 @@ NAMES = ("output", "state", "q", "f", "v", "lower bound", "initial state")
 def fresh_kernels():
     """What was traced or judged outside the host executor does not count inside, nor after."""
     caches = [form._kernels_are_right]
-    caches += [x for x in vars(kernels.chunked).values() if hasattr(x, "cache_clear")]
+    for module in (kernels.chunk, kernels.state_scan):
+        caches += [x for x in vars(module).values() if hasattr(x, "cache_clear")]
     for cache in caches:
         cache.cache_clear()
     yield
@@ -167,6 +168,15 @@ def test_gates_that_are_all_closed_or_all_open():
             mx.eval(got)
         expected = definition(arguments, cotangents, 0.2)
         assert_right(got[0] + got[1], expected[0] + expected[1], 5e-6)
+
+
+@pytest.mark.parametrize("length", [256, 300, 385])
+def test_a_long_sequence_is_cut_into_parts(monkeypatch, length):
+    monkeypatch.setattr(kernels.tiling, "PART_TOKENS", 128)
+    runs = check((2, length, 1, 32, 16))
+    if not ON_GPU:
+        names = [run.kernel.name for run in runs]
+        assert sum("join_parts" in name for name in names) == 3  # forward, and twice backward
 
 
 def test_a_masked_token_changes_nothing():

@@ -1,5 +1,5 @@
-"""MLX glue of the kernels in ``metal/``: one module per kernel."""
+"""MLX glue of the kernels in ``metal/``."""
 
-from . import chunked, decode, elementwise_scan
+from . import chunk, chunked, decode, elementwise_scan, state_scan, tiling
 
-__all__ = ["chunked", "decode", "elementwise_scan"]
+__all__ = ["chunk", "chunked", "decode", "elementwise_scan", "state_scan", "tiling"]

@@ -1,9 +1,9 @@
 """One kernel source for two kinds of GPU.
 
 The files in ``metal/`` are function templates; the kernel itself is one line,
-whose signature MLX generates. On an Apple GPU they are Metal; on an NVIDIA GPU
-``cuda.h`` in front of them makes them CUDA. Matrix products are the GPU's own, so
-``tile.h`` stands on ``tile_metal.h`` or on ``tile_cuda.h``.
+whose signature MLX generates. On an Apple GPU they are Metal, on an NVIDIA GPU
+``cuda.h`` makes them CUDA. What each kind of GPU does in its own way, such as matrix
+products, is in a header for each, ``metal`` or ``cuda`` in its name.
 """
 
 import zlib
@@ -19,11 +19,13 @@ CUDA_INDICES = """
 const uint3 group = blockIdx;
 const uint simdgroup = threadIdx.y;
 const uint lane = threadIdx.x;
+const uint thread_in_grid = blockIdx.x * blockDim.x + threadIdx.x;
 """
 METAL_INDICES = """
 const uint3 group = threadgroup_position_in_grid;
 const uint simdgroup = thread_position_in_threadgroup.y;
 const uint lane = thread_index_in_simdgroup;
+const uint thread_in_grid = thread_position_in_grid.x;
 """
 
 
@@ -44,30 +46,32 @@ def make_kernel(
 
     Args:
         name: Name of the kernel.
-        files: Source files in ``metal/``, each after those it needs.
+        files: Source files in ``metal/``, each after those it needs; ``{gpu}`` in a
+            name stands for the kind of GPU.
         inputs: Names of the inputs in ``call``.
         outputs: Names of the outputs in ``call``.
         call: The kernel's body: a call of a function template of the files. It may
-            use ``group``, ``simdgroup`` (in its threadgroup) and ``lane``.
+            use ``group``, ``simdgroup`` (in its threadgroup), ``lane`` and
+            ``thread_in_grid`` (along x).
         threadgroup: Arrays in threadgroup memory that ``call`` may use: type, name
             and number of elements, as written in the source. Both languages know
             such declarations in the kernel's body only.
     """
     arguments = {"name": name, "input_names": inputs, "output_names": outputs}
     if mx.cuda.is_available():
-        header = _read(["cuda.h", *files], "tile_cuda.h")
+        header = _read(files, "cuda")
         body = CUDA_INDICES + _declare("__shared__", threadgroup) + call
         # MLX keeps compiled kernels on disk by their name alone: another source needs another.
         arguments["name"] += f"_{zlib.crc32((header + body).encode()):08x}"
         return mx.fast.cuda_kernel(**arguments, header=header, source=body)
-    header = _read(files, "tile_metal.h")
+    header = _read(files, "metal")
     body = METAL_INDICES + _declare("threadgroup", threadgroup) + call
     return mx.fast.metal_kernel(**arguments, header=header, source=body)
 
 
-def _read(names: Sequence[str], fragments: str) -> str:
-    parts = [part for name in names for part in ([fragments] if name == "tile.h" else []) + [name]]
-    return "".join(METAL.joinpath(part).read_text() + "\n" for part in parts)
+def _read(files: Sequence[str], gpu: str) -> str:
+    names = ["{gpu}.h", *files]
+    return "".join(METAL.joinpath(name.format(gpu=gpu)).read_text() + "\n" for name in names)
 
 
 def _declare(space: str, arrays: Sequence[tuple[str, str, str]]) -> str:

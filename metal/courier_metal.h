@@ -1,5 +1,6 @@
 // Carries rows from device to threadgroup memory, 16 bytes at a time, in two steps: `fetch`
-// starts the reads into registers, `put` writes what came. Between them the threads compute.
+// starts the reads, into registers, and `put` writes what came. Between them the threads
+// compute.
 //
 // The rows are of WIDTH words in device memory and every PITCH words in threadgroup memory,
 // where a PITCH of WIDTH + 1 keeps lanes that read a column out of each other's banks.
@@ -9,15 +10,16 @@ struct Courier {
   static constant constexpr int WORDS = (ROWS * WIDTH + THREADS - 1) / THREADS;
   uint4 held[WORDS];
 
-  // `stride` is in words; rows from `present` on are zeros.
+  // `stride` is in words; rows from `present` on become zeros.
   template <typename T>
-  inline void fetch(const device T* source, uint stride, uint present, uint index) {
+  inline void fetch(
+      const device T* source, uint stride, uint present, threadgroup uint4*, uint index) {
     const device uint4* words = reinterpret_cast<const device uint4*>(source);
 #pragma unroll
     for (int i = 0; i < WORDS; ++i) {
       const uint at = index + i * THREADS;
       const uint row = at / WIDTH;
-      held[i] = row < ROWS && row < present ? words[row * stride + at % WIDTH] : no_word();
+      held[i] = row < ROWS && row < present ? words[row * stride + at % WIDTH] : uint4(0);
     }
   }
 
@@ -30,10 +32,11 @@ struct Courier {
       }
     }
   }
-
-  static inline uint4 no_word() {
-    uint4 word;
-    word.x = word.y = word.z = word.w = 0;
-    return word;
-  }
 };
+
+// Couriers that were sent together, and what waits for all but the last AHEAD of them: here
+// nothing, as `put` has done it.
+inline void all_sent() {}
+
+template <int AHEAD>
+inline void wait_for_all_but() {}
