@@ -159,15 +159,20 @@ struct Products<__nv_bfloat16> {
     right += lane % 16 * pitch + lane / 16 * 8;
 #pragma unroll
     for (int c = 0; c < C / 16; ++c) {
+      uint4 m[N / 16]; // all on their way before the first is multiplied
 #pragma unroll
       for (int n = 0; n < N / 16; ++n) {
-        const uint4 m = load_transposed_matrices(right + 16 * c * pitch + 16 * n);
+        m[n] = load_transposed_matrices(right + 16 * c * pitch + 16 * n);
+      }
 #pragma unroll
-        for (int r = 0; r < R / 16; ++r) {
-          const uint4 packed = pack_bfloat16(left, r, c);
-          auto& at = result.at;
-          multiply_bfloat16(at[2 * r][2 * n], at[2 * r + 1][2 * n], packed, m.x, m.y);
-          multiply_bfloat16(at[2 * r][2 * n + 1], at[2 * r + 1][2 * n + 1], packed, m.z, m.w);
+      for (int r = 0; r < R / 16; ++r) {
+        const uint4 packed = pack_bfloat16(left, r, c);
+        auto& top = result.at[2 * r];
+        auto& bottom = result.at[2 * r + 1];
+#pragma unroll
+        for (int n = 0; n < N / 16; ++n) {
+          multiply_bfloat16(top[2 * n], bottom[2 * n], packed, m[n].x, m[n].y);
+          multiply_bfloat16(top[2 * n + 1], bottom[2 * n + 1], packed, m[n].z, m[n].w);
         }
       }
     }
@@ -182,16 +187,21 @@ struct Products<__nv_bfloat16> {
       uint lane) {
     right += (lane / 16 * 8 + lane % 8) * pitch + lane / 8 % 2 * 8;
 #pragma unroll
-    for (int n = 0; n < N / 16; ++n) {
+    for (int c = 0; c < C / 16; ++c) {
+      uint4 m[N / 16]; // all on their way before the first is multiplied
 #pragma unroll
-      for (int c = 0; c < C / 16; ++c) {
-        const uint4 m = load_matrices(right + 16 * c * pitch + 16 * n);
+      for (int n = 0; n < N / 16; ++n) {
+        m[n] = load_matrices(right + 16 * c * pitch + 16 * n);
+      }
 #pragma unroll
-        for (int r = 0; r < R / 16; ++r) {
+      for (int r = 0; r < R / 16; ++r) {
+        auto& top = result.at[2 * r];
+        auto& bottom = result.at[2 * r + 1];
+#pragma unroll
+        for (int n = 0; n < N / 16; ++n) {
           const uint4 packed = pack_bfloat16(left, r, n);
-          auto& at = result.at;
-          multiply_bfloat16(at[2 * r][2 * c], at[2 * r + 1][2 * c], packed, m.x, m.y);
-          multiply_bfloat16(at[2 * r][2 * c + 1], at[2 * r + 1][2 * c + 1], packed, m.z, m.w);
+          multiply_bfloat16(top[2 * c], bottom[2 * c], packed, m[n].x, m[n].y);
+          multiply_bfloat16(top[2 * c + 1], bottom[2 * c + 1], packed, m[n].z, m[n].w);
         }
       }
     }

@@ -9,6 +9,7 @@ from .tiling import Shape, constant
 
 CHUNKS_PER_GROUP = 4  # that are prepared in one threadgroup, by a simdgroup each
 CHANNELS = 32  # per simdgroup of the gradients: one to a lane
+SLICES_PER_GROUP = 4  # of so many channels, at most, in one threadgroup
 
 
 def prepare(
@@ -67,6 +68,7 @@ def gradients(
             keys give, and segment products, as ``metal/chunk_gradients.h`` has them.
     """
     slices = -(-shape.keys // CHANNELS)
+    simdgroups = max(n for n in range(1, SLICES_PER_GROUP + 1) if slices % n == 0)
     q_gradient, f_gradient, bound_gradients = _gradients_kernel()(
         inputs=[q, f, lower_bound, constant(scale), *from_scans],
         template=[
@@ -75,9 +77,11 @@ def gradients(
             ("H", shape.heads),
             ("CHUNK", shape.chunk),
             ("SEGMENT", shape.segment_chunks),
+            ("SLICES", slices),
+            ("SIMDGROUPS", simdgroups),
         ],
         grid=(32, slices * shape.segments, shape.batch * shape.heads),
-        threadgroup=(32, slices, 1),
+        threadgroup=(32, simdgroups, 1),
         output_shapes=[shape.q, shape.q, (shape.batch, shape.segments, shape.heads, shape.keys)],
         output_dtypes=[q.dtype, q.dtype, mx.float32],
     )
@@ -91,6 +95,7 @@ def _prepare_kernel():
         files=["gates.h", "tile_{gpu}.h", "channels.h", "chunk_prepare.h"],
         inputs=["q", "f", "lower_bound", "scale"],
         outputs=["entering_queries", "leaving_keys", "decay", "scores"],
+        cuda_blocks=3,
         call=f"""
         const uint chunk = group.y * {CHUNKS_PER_GROUP} + simdgroup;
         if (chunk < (q_shape[1] + CHUNK - 1) / CHUNK) {{
@@ -125,9 +130,12 @@ def _gradients_kernel():
         files=["gates.h", "channels.h", "chunk_gradients.h"],
         inputs=["q", "f", "lower_bound", "scale", *from_scans],
         outputs=["q_gradients", "f_gradients", "bound_gradients"],
+        cuda_blocks=3,
         call=f"""
+        const uint index = group.y * SIMDGROUPS + simdgroup;
         chunk_gradients<T, K, H, CHUNK, SEGMENT>(
             q, f, lower_bound, scale[0], q_shape[1], {", ".join(from_scans)},
-            q_gradients, f_gradients, bound_gradients, lane, simdgroup, group.y, group.z);
+            q_gradients, f_gradients, bound_gradients,
+            lane, index % SLICES, index / SLICES, group.z);
         """,
     )

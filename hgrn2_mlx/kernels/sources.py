@@ -14,6 +14,8 @@ import mlx.core as mx
 
 METAL = files("hgrn2_mlx.metal")
 
+CUDA_BLOCK_THREADS = 128
+
 # Thread indices under the names the one-line kernels use.
 CUDA_INDICES = """
 const uint3 group = blockIdx;
@@ -41,6 +43,7 @@ def make_kernel(
     outputs: list[str],
     call: str,
     threadgroup: Sequence[tuple[str, str, str]] = (),
+    cuda_blocks: int | None = None,
 ) -> Callable[..., list[mx.array]]:
     """A kernel for the GPU at hand from files of ``metal/``.
 
@@ -56,10 +59,15 @@ def make_kernel(
         threadgroup: Arrays in threadgroup memory that ``call`` may use: type, name
             and number of elements, as written in the source. Both languages know
             such declarations in the kernel's body only.
+        cuda_blocks: How many threadgroups, then of at most ``CUDA_BLOCK_THREADS``,
+            a multiprocessor should have registers for.
     """
     arguments = {"name": name, "input_names": inputs, "output_names": outputs}
     if mx.cuda.is_available():
         header = _read(files, "cuda")
+        if cuda_blocks:
+            # MLX writes "__global__ void" and the kernel's name next: the bounds fit between.
+            header += f"#define void __launch_bounds__({CUDA_BLOCK_THREADS}, {cuda_blocks}) void\n"
         body = CUDA_INDICES + _declare("__shared__", threadgroup) + call
         # MLX keeps compiled kernels on disk by their name alone: another source needs another.
         arguments["name"] += f"_{zlib.crc32((header + body).encode()):08x}"

@@ -122,6 +122,7 @@ def _kernel(role: str, inputs: tuple[str, ...], outputs: tuple[str, ...]):
         files=["tile_{gpu}.h", "tile.h", "courier_{gpu}.h", "state_scan.h"],
         inputs=list(inputs),
         outputs=list(outputs),
+        cuda_blocks=2,
         threadgroup=[
             (
                 "uint4",
