@@ -45,14 +45,17 @@ def run_mlx_lm(module: str, options: argparse.Namespace, *arguments: str) -> Non
     if model is not None:
         check_exists(model, "repository")
         arguments = ("--model", model, *arguments)
-    sys.argv = [options.parser.prog, *options.passed_on, *arguments]
     program = importlib.import_module(f"mlx_lm.{module}")
+    command_line = sys.argv
+    sys.argv = [options.parser.prog, *options.passed_on, *arguments]
     try:
         program.main()
     except SystemExit:
         if asks_for_help(options):
             print(f"\n{options.parser.format_help()}", end="")
         raise
+    finally:
+        sys.argv = command_line
 
 
 def asks_for_help(options: argparse.Namespace) -> bool:
