@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
 import yaml
 from mlx.utils import tree_flatten
@@ -28,9 +29,9 @@ FIXTURES = TESTS / "fixtures"
 VOCAB = 97
 
 
-def run(command: list[str], processes: int, folder: Path) -> list[str]:
+def run(command: list[str], processes: int, folder: Path, seconds: int = 60) -> list[str]:
     """Runs a command in processes that must all succeed; their output."""
-    results = finish(start(command, processes, folder))
+    results = finish(start(command, processes, folder), seconds)
     assert [status for status, _ in results] == [0] * processes, results
     return [output for _, output in results]
 
@@ -133,6 +134,29 @@ def test_processes_drop_different_numbers(text, tmp_path):
     )
     training_run(text, tmp_path)
     assert len(set(run(["-c", script], 2, tmp_path))) == 2
+
+
+@pytest.mark.slow  # MLX runs the C++ compiler on a CPU.
+def test_the_compiled_step_is_the_step_on_two_processes(text, tmp_path):
+    script = (
+        "import json, mlx.core as mx, numpy as np; from hgrn2_mlx.train import TrainConfig; "
+        "from hgrn2_mlx.train.initialization import initialize; "
+        "from hgrn2_mlx.train.trainer import Trainer; "
+        f"config = TrainConfig.load({str(tmp_path / 'run.yaml')!r}); "
+        "rank = mx.distributed.init().rank(); "
+        "batches = np.random.default_rng(rank).integers(0, 300, (5, 4, 17)); "
+        "new = lambda: config.architecture.Model(config.model_args); "
+        "models = [new(), new()]; "
+        "[(mx.random.seed(0), initialize(model)) for model in models]; "
+        "trainers = [Trainer(model, config, c) for model, c in zip(models, (False, True))]; "
+        "print(json.dumps([[t.step(*b) for b in enumerate(batches)] for t in trainers]))"
+    )
+    training_run(text, tmp_path)
+    outputs = run(["-c", script], 2, tmp_path, seconds=300)
+    assert outputs[0] == outputs[1]
+    plain, compiled = np.array(json.loads(outputs[0]))
+    assert plain.shape == (5, 2) and len(set(plain[:, 0])) == 5
+    assert np.allclose(compiled, plain, rtol=1e-4)
 
 
 def test_a_batch_that_does_not_divide_is_refused(text, tmp_path):
