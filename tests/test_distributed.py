@@ -197,7 +197,7 @@ def load_arrays(checkpoint: Path) -> dict[str, mx.array]:
 # Data-parallel fine-tuning
 
 
-def fine_tuning_run(model: Path, text: Path, folder: Path) -> list[str]:
+def fine_tuning_run(model: Path, text: Path, folder: Path, **changes) -> list[str]:
     flags = {
         "model": model,
         "data": text,
@@ -209,13 +209,14 @@ def fine_tuning_run(model: Path, text: Path, folder: Path) -> list[str]:
         "steps-per-report": 1,
         "learning-rate": 1e-3,
     }
+    flags |= {name.replace("_", "-"): value for name, value in changes.items()}
     given = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
     return ["-m", "hgrn2_mlx", "lora", "--train", "--test", *given]
 
 
 def test_fine_tuning_computes_what_one_process_does(models, text, tmp_path):
     adapters, logs = [], []
-    for processes in (1, 2):
+    for processes in (1, 2, 4):
         folder = tmp_path / str(processes)
         folder.mkdir()
         outputs = run(fine_tuning_run(models["hgrn2-default"], text, folder), processes, folder)
@@ -225,11 +226,32 @@ def test_fine_tuning_computes_what_one_process_does(models, text, tmp_path):
         logs.append([json.loads(line) for line in log])
         adapters.append(mx.load(str(folder / "adapters" / "adapters.safetensors")))
     for key in ("train_loss", "val_loss", "trained_tokens"):
-        one, two = ([entry[key] for entry in log if key in entry] for log in logs)
-        assert one and two == pytest.approx(one, abs=1e-5)
-    assert adapters[0].keys() == adapters[1].keys()
-    for name, expected in adapters[0].items():
-        assert mx.allclose(adapters[1][name], expected, atol=1e-4), name
+        one, *several = ([entry[key] for entry in log if key in entry] for log in logs)
+        assert one and all(values == pytest.approx(one, abs=1e-5) for values in several)
+    for adapter in adapters[1:]:
+        assert adapter.keys() == adapters[0].keys()
+        for name, expected in adapters[0].items():
+            assert mx.allclose(adapter[name], expected, atol=1e-4), name
+
+
+def test_a_process_that_dies_ends_the_fine_tuning(models, text, tmp_path):
+    adapters = tmp_path / "adapters"
+    command = fine_tuning_run(
+        models["hgrn2-default"], text, tmp_path, iters=100_000, save_every=3, steps_per_eval=100_000
+    )
+    ranks = start(command, 2, tmp_path)
+    deadline = time.monotonic() + 60
+    while not list(adapters.glob("0*_adapters.safetensors")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    ranks[1].send_signal(signal.SIGKILL)
+    (status, output), _ = finish(ranks)
+    assert status == 1
+    assert output.splitlines()[-1] == (
+        "hgrn2: error: another process has ended or is out of reach: "
+        "[ring] connection to a peer was lost"
+    )
+    mx.eval(mx.load(str(max(adapters.glob("0*_adapters.safetensors")))))
 
 
 # Tensor-parallel inference
