@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 
 # Each is a module of ``commands``, imported only to run.
 COMMANDS = {
@@ -45,12 +46,10 @@ def main(arguments: list[str] | None = None) -> int:
         _complete(os.environ["COMP_LINE"])
     arguments = sys.argv[1:] if arguments is None else arguments
     name = _parser().parse_args(arguments[:1]).command
-    command = importlib.import_module(f".commands.{name}", __package__)
-    parser = _command_parser(name)
-    options = parser.parse_args(arguments[1:])
+    options = _command_parser(name).parse_args(arguments[1:])
     try:
         with _interrupts_raised():
-            command.run(options)
+            _command(name).run(options)
     except (Exception, Interrupted) as error:
         if options.debug:
             traceback.print_exc()
@@ -72,8 +71,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _command(name: str) -> ModuleType:
+    return importlib.import_module(f".commands.{name}", __package__)
+
+
 def _command_parser(name: str) -> argparse.ArgumentParser:
-    parser = importlib.import_module(f".commands.{name}", __package__).build_parser()
+    parser = _command(name).build_parser()
     parser.prog = f"hgrn2 {name}"
     parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     return parser

@@ -163,10 +163,23 @@ def test_weights_are_no_state(state, folders):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--load-state", "none.safetensors"], "none.safetensors: No such file or directory"),
-        (["--save-state", "state.bin"], "state.bin: the name of a saved state must end in"),
-        (["--save-state", "no/state.safetensors"], "no/state.safetensors: there is no such folder"),
-        (["--save-state", "s.safetensors", "--draft-model=m"], "--draft-model does not go with"),
+        (["--load-state", "none.safetensors"], "--save-state and --load-state need --prompt"),
+        (
+            ["-p", "a", "--load-state", "none.safetensors"],
+            "none.safetensors: No such file or directory",
+        ),
+        (
+            ["-p", "a", "--save-state", "state.bin"],
+            "state.bin: the name of a saved state must end in",
+        ),
+        (
+            ["-p", "a", "--save-state", "no/state.safetensors"],
+            "no/state.safetensors: there is no such folder",
+        ),
+        (
+            ["-p", "a", "--save-state", "s.safetensors", "--draft-model=m"],
+            "--draft-model does not go with",
+        ),
     ],
 )
 def test_wrong_flags_are_one_line(folders, capsys, flags, message):
@@ -181,7 +194,7 @@ def test_a_failure_leaves_nothing_behind(folders, tmp_path, capsys, monkeypatch)
 
     monkeypatch.setattr("hgrn2_mlx.saved_state.save_prompt_cache", fail)
     file = tmp_path / "state.safetensors"
-    arguments = ["--model", str(folders / "recurrent"), "--save-state", str(file)]
+    arguments = ["--model", str(folders / "recurrent"), "-p", "a", "--save-state", str(file)]
     assert main(["generate", *arguments]) == 1
     assert "the disk is full" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

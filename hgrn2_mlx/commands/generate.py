@@ -27,6 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
         )
     )
     parser.add_argument("--model", help="folder or Hub repository id")
+    parser.add_argument("--prompt", "-p", help="what to read first; - reads standard input")
     states = parser.add_argument_group(
         "saved states", "Prompts are then read as they stand, without a chat template."
     )
@@ -45,14 +46,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> None:
     require_model(options)
+    prompt = () if options.prompt is None else (f"--prompt={options.prompt}",)
     if not (options.save_state or options.load_state):
-        run_mlx_lm("generate", options)
+        run_mlx_lm("generate", options, *prompt)
         return
+    if not prompt:
+        raise ValueError("--save-state and --load-state need --prompt")
     for flag in ("--prompt-cache-file", "--draft-model", "--image", "--system-prompt"):
         if any(argument.split("=")[0] == flag for argument in options.passed_on):
             raise ValueError(f"{flag} does not go with --save-state and --load-state")
     with _states(options.load_state, options.save_state):
-        run_mlx_lm("generate", options, "--ignore-chat-template")
+        run_mlx_lm("generate", options, *prompt, "--ignore-chat-template")
 
 
 @contextmanager
@@ -92,7 +96,7 @@ def _generate_between(
         if load and prompt[:1] == [tokenizer.bos_token_id]:
             prompt = prompt[1:]  # The text goes on.
         if not prompt:
-            raise ValueError("there is nothing to read: give --prompt")
+            raise ValueError("the prompt is empty")
         if save:
             how = {name: settings[name] for name in READING}
             read += len(prompt)
