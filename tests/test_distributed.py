@@ -219,7 +219,8 @@ def test_fine_tuning_computes_what_one_process_does(models, text, tmp_path):
     for processes in (1, 2, 4):
         folder = tmp_path / str(processes)
         folder.mkdir()
-        outputs = run(fine_tuning_run(models["hgrn2-default"], text, folder), processes, folder)
+        command = fine_tuning_run(models["hgrn2-default"], text, folder)
+        outputs = run(command, processes, folder, seconds=180)
         assert "Test loss" in outputs[0]
         assert not any(output.strip() for output in outputs[1:])
         log = (folder / "adapters" / "losses.jsonl").read_text().splitlines()
@@ -245,12 +246,12 @@ def test_a_process_that_dies_ends_the_fine_tuning(models, text, tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     ranks[1].send_signal(signal.SIGKILL)
-    (status, output), _ = finish(ranks)
-    assert status == 1
-    assert output.splitlines()[-1] == (
-        "hgrn2: error: another process has ended or is out of reach: "
-        "[ring] connection to a peer was lost"
-    )
+    (status, output), _ = finish(ranks, seconds=180)
+    assert status == 1, output
+    # What mlx-lm printed on its way may come out after it.
+    (line,) = (line for line in output.splitlines() if line.startswith("hgrn2: "))
+    assert line.startswith("hgrn2: error: another process has ended or is out of reach: [ring]")
+    assert "Traceback" not in output
     mx.eval(mx.load(str(max(adapters.glob("0*_adapters.safetensors")))))
 
 
