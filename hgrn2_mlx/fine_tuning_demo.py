@@ -6,6 +6,7 @@ The last step of ``hgrn2 demo``, with mlx-lm's trainer and the layers that
 
 import importlib
 import inspect
+import re
 import tempfile
 import time
 from collections.abc import Iterator
@@ -163,7 +164,10 @@ def _compiled_on_gpu_only() -> Iterator[None]:
 
 
 def docstrings(name: str) -> str:
-    """Documentation of a module and its public functions, classes and methods, by name."""
+    """Documentation of a module and its public functions, classes and methods, by name.
+
+    Spaces are single: else indentation is most of what a short training learns.
+    """
     module = importlib.import_module(name)
     documented = [module]
     for item in _public(module):
@@ -172,7 +176,7 @@ def docstrings(name: str) -> str:
             documented += _public(item)
     texts = (item.__doc__ for item in documented if isinstance(item.__doc__, str))
     # One function may have several names.
-    return "\n\n".join(dict.fromkeys(map(inspect.cleandoc, texts)))
+    return re.sub(" +", " ", "\n\n".join(dict.fromkeys(map(inspect.cleandoc, texts))))
 
 
 def _public(namespace: object) -> list:
