@@ -48,21 +48,22 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_config(folder: Path, quantized: bool = False) -> dict[str, Any]:
+def read_config(folder: Path, quantized: bool = False, name: str = "config.json") -> dict[str, Any]:
     """The ``config.json`` of a checkpoint of HGRN2 or HGRN.
 
     Args:
         folder: Holds the file.
         quantized: Whether the checkpoint may be quantized.
+        name: The file, if it has another name.
 
     Raises:
         ValueError: If there is none, or it describes something else.
     """
-    config = read_json(folder / "config.json")
+    config = read_json(folder / name)
     if config.get("model_type") not in ARCHITECTURES:
         known = " or ".join(sorted(ARCHITECTURES, reverse=True))
-        raise ValueError(f"config.json: model_type is {config.get('model_type')!r}, not {known}")
+        raise ValueError(f"{name}: model_type is {config.get('model_type')!r}, not {known}")
     for key in ("quantization", "quantization_config"):
         if key in config and not quantized:
-            raise ValueError(f"config.json: has {key!r}: the checkpoint is quantized already")
+            raise ValueError(f"{name}: has {key!r}: the checkpoint is quantized already")
     return config

@@ -86,8 +86,8 @@ def run(prompt: str, max_tokens: int, seconds: float) -> None:
     Args:
         prompt: What the text starts with.
         max_tokens: Tokens to generate.
-        seconds: Time to give to the validation loss, and at most twice as much to the
-            fine-tuning; how far they got is reported.
+        seconds: About how long to fine-tune, and five times as long as to measure the
+            validation loss; how far they got is reported.
     """
     # MLX multiplies float32 matrices faster than bfloat16 ones on a CPU.
     dtype = "float32" if mx.default_device() == mx.cpu else None
@@ -114,7 +114,7 @@ def run(prompt: str, max_tokens: int, seconds: float) -> None:
         )
 
         print("\n3. Measure the validation loss (held-out Shakespeare)")
-        loss = validation_loss(model, tokenizer, CHECKPOINT, seconds=seconds)
+        loss = validation_loss(model, tokenizer, CHECKPOINT, seconds=seconds / 5)
         print(
             f"{loss.windows} of {loss.all_windows} windows, {loss.tokens} tokens: "
             f"MLX {loss.mlx:.4f}, flash-linear-attention {loss.reference:.4f} nats per token "
@@ -122,7 +122,7 @@ def run(prompt: str, max_tokens: int, seconds: float) -> None:
         )
 
         print("\n4. Fine-tune with LoRA on the documentation strings of Python's standard library")
-        tuned = fine_tune_demo(model, tokenizer, seconds=2 * seconds)
+        tuned = fine_tune_demo(model, tokenizer, seconds=seconds)
         print(
             f"{tuned.steps} steps, {tuned.tokens} tokens, {tuned.adapter_parameters:,} of "
             f"{tuned.parameters:,} parameters in {tuned.seconds:.0f} s: loss on documentation "

@@ -131,7 +131,7 @@ def _read_jsonl(path: Path, args: SimpleNamespace, tokenizer: TokenizerWrapper) 
         raise ValueError("the tokenizer has no end-of-text token, which JSONL examples end with")
     records = []
     # Not splitlines(): a string may contain other line ends, such as U+2028.
-    for number, line in enumerate(_read_text(path).rstrip("\n").split("\n"), start=1):
+    for number, line in enumerate(read_text(path).rstrip("\n").split("\n"), start=1):
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
@@ -177,7 +177,7 @@ def _read_windows(path: Path, args: SimpleNamespace, tokenizer: TokenizerWrapper
     """A text in windows; empty if there is no file."""
     if not path.is_file():
         return TokenDataset([])
-    windows = cut_windows(tokenizer.encode(_read_text(path)), args.max_seq_length)
+    windows = cut_windows(tokenizer.encode(read_text(path)), args.max_seq_length)
     if not windows:
         raise ValueError(
             f"{path} does not fill a window of {args.max_seq_length} tokens; lower --max-seq-length"
@@ -192,7 +192,7 @@ def _split_text(path: Path, args: SimpleNamespace, tokenizer: TokenizerWrapper) 
     """
     if path.suffix != ".txt":
         raise ValueError(f"{path} is a file: give a .txt, or the folder that holds train.jsonl")
-    tokens = tokenizer.encode(_read_text(path))
+    tokens = tokenizer.encode(read_text(path))
     windows = cut_windows(tokens, args.max_seq_length)
     held_out = max(args.batch_size, round(HELD_OUT_SHARE * len(windows)))
     if len(windows) < 2 * held_out + args.batch_size:
@@ -213,7 +213,13 @@ def _split_text(path: Path, args: SimpleNamespace, tokenizer: TokenizerWrapper) 
     ]
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A text file's content.
+
+    Raises:
+        ValueError: If it is empty or not UTF-8.
+        OSError: If it cannot be read.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:

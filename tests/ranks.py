@@ -32,10 +32,11 @@ def start(command: list[str], processes: int, folder: Path) -> list[subprocess.P
     ]
 
 
-def finish(ranks: list[subprocess.Popen]) -> list[tuple[int, str]]:
-    """Status and output of each; whoever has not ended after a minute is killed."""
+def finish(ranks: list[subprocess.Popen], seconds: int = 60) -> list[tuple[int, str]]:
+    """Status and output of each; whoever has not ended after so long is killed."""
     try:
-        return [(rank.returncode, out) for rank in ranks for out in [rank.communicate(None, 60)[0]]]
+        outputs = [rank.communicate(timeout=seconds)[0] for rank in ranks]
+        return [(rank.returncode, output) for rank, output in zip(ranks, outputs)]
     finally:
         for rank in ranks:
             rank.kill()

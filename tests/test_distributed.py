@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
 import yaml
 from mlx.utils import tree_flatten
@@ -28,9 +29,9 @@ FIXTURES = TESTS / "fixtures"
 VOCAB = 97
 
 
-def run(command: list[str], processes: int, folder: Path) -> list[str]:
+def run(command: list[str], processes: int, folder: Path, seconds: int = 60) -> list[str]:
     """Runs a command in processes that must all succeed; their output."""
-    results = finish(start(command, processes, folder))
+    results = finish(start(command, processes, folder), seconds)
     assert [status for status, _ in results] == [0] * processes, results
     return [output for _, output in results]
 
@@ -135,6 +136,29 @@ def test_processes_drop_different_numbers(text, tmp_path):
     assert len(set(run(["-c", script], 2, tmp_path))) == 2
 
 
+@pytest.mark.slow  # MLX runs the C++ compiler on a CPU.
+def test_the_compiled_step_is_the_step_on_two_processes(text, tmp_path):
+    script = (
+        "import json, mlx.core as mx, numpy as np; from hgrn2_mlx.train import TrainConfig; "
+        "from hgrn2_mlx.train.initialization import initialize; "
+        "from hgrn2_mlx.train.trainer import Trainer; "
+        f"config = TrainConfig.load({str(tmp_path / 'run.yaml')!r}); "
+        "rank = mx.distributed.init().rank(); "
+        "batches = np.random.default_rng(rank).integers(0, 300, (5, 4, 17)); "
+        "new = lambda: config.architecture.Model(config.model_args); "
+        "models = [new(), new()]; "
+        "[(mx.random.seed(0), initialize(model)) for model in models]; "
+        "trainers = [Trainer(model, config, c) for model, c in zip(models, (False, True))]; "
+        "print(json.dumps([[t.step(*b) for b in enumerate(batches)] for t in trainers]))"
+    )
+    training_run(text, tmp_path)
+    outputs = run(["-c", script], 2, tmp_path, seconds=300)
+    assert outputs[0] == outputs[1]
+    plain, compiled = np.array(json.loads(outputs[0]))
+    assert plain.shape == (5, 2) and len(set(plain[:, 0])) == 5
+    assert np.allclose(compiled, plain, rtol=1e-4)
+
+
 def test_a_batch_that_does_not_divide_is_refused(text, tmp_path):
     command = training_run(text, tmp_path, batch_size=3)
     for status, output in finish(start(command, 2, tmp_path)):
@@ -173,7 +197,7 @@ def load_arrays(checkpoint: Path) -> dict[str, mx.array]:
 # Data-parallel fine-tuning
 
 
-def fine_tuning_run(model: Path, text: Path, folder: Path) -> list[str]:
+def fine_tuning_run(model: Path, text: Path, folder: Path, **changes) -> list[str]:
     flags = {
         "model": model,
         "data": text,
@@ -185,27 +209,50 @@ def fine_tuning_run(model: Path, text: Path, folder: Path) -> list[str]:
         "steps-per-report": 1,
         "learning-rate": 1e-3,
     }
+    flags |= {name.replace("_", "-"): value for name, value in changes.items()}
     given = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
     return ["-m", "hgrn2_mlx", "lora", "--train", "--test", *given]
 
 
 def test_fine_tuning_computes_what_one_process_does(models, text, tmp_path):
     adapters, logs = [], []
-    for processes in (1, 2):
+    for processes in (1, 2, 4):
         folder = tmp_path / str(processes)
         folder.mkdir()
-        outputs = run(fine_tuning_run(models["hgrn2-default"], text, folder), processes, folder)
+        command = fine_tuning_run(models["hgrn2-default"], text, folder)
+        outputs = run(command, processes, folder, seconds=180)
         assert "Test loss" in outputs[0]
         assert not any(output.strip() for output in outputs[1:])
         log = (folder / "adapters" / "losses.jsonl").read_text().splitlines()
         logs.append([json.loads(line) for line in log])
         adapters.append(mx.load(str(folder / "adapters" / "adapters.safetensors")))
     for key in ("train_loss", "val_loss", "trained_tokens"):
-        one, two = ([entry[key] for entry in log if key in entry] for log in logs)
-        assert one and two == pytest.approx(one, abs=1e-5)
-    assert adapters[0].keys() == adapters[1].keys()
-    for name, expected in adapters[0].items():
-        assert mx.allclose(adapters[1][name], expected, atol=1e-4), name
+        one, *several = ([entry[key] for entry in log if key in entry] for log in logs)
+        assert one and all(values == pytest.approx(one, abs=1e-5) for values in several)
+    for adapter in adapters[1:]:
+        assert adapter.keys() == adapters[0].keys()
+        for name, expected in adapters[0].items():
+            assert mx.allclose(adapter[name], expected, atol=1e-4), name
+
+
+def test_a_process_that_dies_ends_the_fine_tuning(models, text, tmp_path):
+    adapters = tmp_path / "adapters"
+    command = fine_tuning_run(
+        models["hgrn2-default"], text, tmp_path, iters=100_000, save_every=3, steps_per_eval=100_000
+    )
+    ranks = start(command, 2, tmp_path)
+    deadline = time.monotonic() + 60
+    while not list(adapters.glob("0*_adapters.safetensors")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    ranks[1].send_signal(signal.SIGKILL)
+    (status, output), _ = finish(ranks, seconds=180)
+    assert status == 1, output
+    # What mlx-lm printed on its way may come out after it.
+    (line,) = (line for line in output.splitlines() if line.startswith("hgrn2: "))
+    assert line.startswith("hgrn2: error: another process has ended or is out of reach: [ring]")
+    assert "Traceback" not in output
+    mx.eval(mx.load(str(max(adapters.glob("0*_adapters.safetensors")))))
 
 
 # Tensor-parallel inference

@@ -11,12 +11,13 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
+import hgrn2_mlx
 from hgrn2_mlx.cli import main
 from hgrn2_mlx.convert import check, convert, export, fla_on_cpu
 from hgrn2_mlx.fuse import fuse
 
 FIXTURES = Path(__file__).parent / "fixtures"
-DEMO = Path(mlx_lm.models.hgrn2.__file__).parents[1] / "demo_checkpoint"
+DEMO = Path(hgrn2_mlx.__file__).parent / "demo_checkpoint"
 NAMES = ("hgrn-default", "hgrn2-default", "hgrn2-short-conv", "hgrn2-hybrid")
 
 

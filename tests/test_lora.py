@@ -398,6 +398,7 @@ def test_docstrings_are_those_of_the_public_names():
     text = docstrings("textwrap")
     assert text.startswith("Text wrapping and filling.")
     assert "Collapse and truncate the given text" in text
+    assert "  " not in text
     assert "_munge_whitespace" not in text
     assert text == docstrings("textwrap")
 
