@@ -10,9 +10,10 @@ and gradients included. Two peers:
   which is what the kernels here do too;
 - ``chunk_gla``: its Triton kernels alone, with queries, keys and log gates given.
 
-One token is decoded with ``fused_recurrent_gla``. Triton tunes every kernel by trying all
-its configurations, which takes minutes, since each is compiled: --tune compiles them in
-that many processes first.
+For one decoded token the kernels' own time on the GPU is taken, here with the gates, of
+``fused_recurrent_gla`` with queries, keys and log gates given. Triton tunes every kernel by
+trying all its configurations, which takes minutes, since each is compiled: --tune compiles
+them in that many processes first.
 """
 
 import argparse
@@ -100,19 +101,19 @@ def measure_mlx(shape) -> dict[str, float]:
     }
 
 
-def decode_mlx(shape) -> dict[str, float]:
+def decode_mlx(shape) -> float:
     arguments, _ = mlx_arrays(shape)
     batch, _, heads, dim = shape
     state = mx.zeros((batch, heads, dim, dim))
 
     def steps():
-        outputs, carried = [], state
+        carried = state
         for _ in range(CALLS):
             output, carried = gated_recurrence(*arguments, carried)
-            outputs.append(output)
-        return outputs, carried
+            mx.eval(output, carried)
+        mx.synchronize()
 
-    return {"decode_ms": 1e3 * mlx_seconds(steps) / CALLS}
+    return kernel_milliseconds(steps, "hgrn2_decode")
 
 
 # ---------------------------------------------------------------- flash-linear-attention
@@ -170,34 +171,28 @@ def measure_fla(shape) -> dict[str, dict[str, float]]:
 
 
 @torch.no_grad()
-def decode_fla(shape) -> dict[str, float]:
+def decode_fla(shape) -> float:
     arguments, _ = torch_arrays(shape)
     batch, _, heads, dim = shape
     state = torch.zeros(batch, heads, dim, dim, device="cuda")
     options = {"initial_state": state, "output_final_state": True, "state_v_first": True}
     q, k, v, g = gla_arguments(*arguments)
 
-    def with_gates():
-        q, k, v, g = gla_arguments(*arguments)
-        return fused_recurrent_gla(q=q, k=k, v=v, gk=g, **options)
-
-    def alone():
-        return fused_recurrent_gla(q=q, k=k, v=v, gk=g, **options)
-
-    # As many calls between two measurements as MLX gets, and a graph as MLX makes one.
-    milliseconds = {
-        name: graph_milliseconds(f) for name, f in (("layer", with_gates), ("gla", alone))
-    }
-    return {"layer_decode_ms": milliseconds["layer"], "kernel_decode_ms": milliseconds["gla"]}
-
-
-def graph_milliseconds(call) -> float:
-    call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    def steps():
         for _ in range(CALLS):
-            call()
-    return do_bench(graph.replay, return_mode="median") / CALLS
+            fused_recurrent_gla(q=q, k=k, v=v, gk=g, **options)
+        torch.cuda.synchronize()
+
+    return kernel_milliseconds(steps, "fused_recurrent")
+
+
+def kernel_milliseconds(steps, name: str) -> float:
+    """Time of a step's kernels of that name on the GPU: what surrounds them differs too much."""
+    steps()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        steps()
+    kernels = [event for event in profile.events() if name in event.name]
+    return sum(event.device_time for event in kernels) / 1e3 / CALLS
 
 
 # ---------------------------------------------------------------- tuning and agreement
@@ -283,6 +278,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--tune", type=int, default=0, metavar="WORKERS")
+    parser.add_argument("--decode-only", action="store_true")
     parser.add_argument("--share", type=int, nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.share:
@@ -301,7 +297,7 @@ def main() -> None:
         "recurrence": [],
         "decode": [],
     }
-    for shape in SHAPES:
+    for shape in [] if options.decode_only else SHAPES:
         row = {"shape": shape, "mlx": measure_mlx(shape), **measure_fla(shape)}
         mx.clear_cache()
         torch.cuda.empty_cache()
@@ -310,7 +306,8 @@ def main() -> None:
         results["recurrence"].append(row)
         print(json.dumps(row), flush=True)
     for shape in DECODING:
-        row = {"batch": shape[0], **decode_mlx(shape), **decode_fla(shape)}
+        row = {"batch": shape[0], "mlx_ms": decode_mlx(shape), "gla_ms": decode_fla(shape)}
+        row["ratio_to_gla"] = row["gla_ms"] / row["mlx_ms"]
         results["decode"].append(row)
         print(json.dumps(row), flush=True)
     print(json.dumps(results["disagreement"]))

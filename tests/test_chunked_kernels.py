@@ -17,7 +17,7 @@ from hgrn2_mlx import gated_recurrence, kernels
 from hgrn2_mlx.ops import chunked_kernels as form
 
 # A kernel that is left aside would pass every test of numbers.
-pytestmark = pytest.mark.filterwarnings("error:hgrn2-mlx")
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("error:hgrn2-mlx")]
 
 ON_GPU = mx.metal.is_available() or mx.cuda.is_available()
 

@@ -20,7 +20,7 @@ from hgrn2_mlx.ops import elementwise_recurrence
 from hgrn2_mlx.ops import elementwise_scan as scan_form
 
 # A kernel that is left aside is a failure here, unless a test expects it.
-pytestmark = pytest.mark.filterwarnings("error:hgrn2-mlx")
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("error:hgrn2-mlx")]
 
 SHAPES = {  # batch, tokens, channels
     "one token": (1, 1, 64),

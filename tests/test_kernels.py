@@ -17,6 +17,8 @@ from hgrn2_mlx import gated_recurrence, kernels
 from hgrn2_mlx.ops import decode as decode_form
 from hgrn2_mlx.ops.recurrent import recurrent
 
+pytestmark = pytest.mark.gpu
+
 ON_GPU = mx.metal.is_available() or mx.cuda.is_available()
 
 SHAPES = {  # batch, tokens, heads, key dimension, value dimension

@@ -5,6 +5,7 @@ import functools
 import mlx.core as mx
 
 from .sources import make_kernel, on_gpu
+from .tiling import constant
 
 ROWS = 4  # rows of the state [V, K] per simdgroup
 SIMDGROUPS = 4  # simdgroups per threadgroup
@@ -48,7 +49,7 @@ def decode(
     batch, tokens, heads, key_dim = q.shape
     value_dim = v.shape[-1]
     return _kernel()(
-        inputs=[q, f, v, lower_bound, state, mx.array([scale])],
+        inputs=[q, f, v, lower_bound, state, constant(scale)],
         template=[
             ("T", v.dtype),
             ("K", key_dim),

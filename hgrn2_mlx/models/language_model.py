@@ -15,6 +15,7 @@ from mlx_lm.models.base import create_attention_mask, create_ssm_mask
 from .activations import ACTIVATIONS, gated_linear_unit
 from .attention import Attention, AttentionArgs
 from .attention_residuals import PseudoQuery, add_to_sources, mix_sources
+from .compiled_step import can_step, compile_step
 from .config import CheckedModelArgs
 from .norms import NORM_TYPES, make_norm
 from .sharding import require_divisible, shard_projections
@@ -264,8 +265,19 @@ class LanguageModel(nn.Module):
         self.model = Backbone(args, self.recurrent_mixer)
         if not args.tie_word_embeddings:
             self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
+        self._step = None
 
     def __call__(self, inputs: mx.array, cache: list[Any] | None = None) -> mx.array:
+        if not can_step(inputs, cache):
+            return self._logits(inputs, cache)
+        if self._step is None:
+            self._step = compile_step(self, self._logits)
+        logits, states = self._step(inputs, [layer_cache.cache for layer_cache in cache])
+        for layer_cache, arrays in zip(cache, states):
+            layer_cache.cache = arrays
+        return logits
+
+    def _logits(self, inputs: mx.array, cache: list[Any] | None) -> mx.array:
         x = self.model(inputs, cache)
         if self.args.tie_word_embeddings:
             return self.model.embeddings.as_linear(x)

@@ -28,6 +28,11 @@ def chunked_kernels(
     nothing but the arguments.
     """
 
+    return _differentiable(scale)(q, f, v, lower_bound.astype(mx.float32), state)
+
+
+@functools.cache
+def _differentiable(scale: float):
     @mx.custom_function
     def run(q, f, v, lower_bound, state):
         return kernels.chunked.forward(q, f, v, lower_bound, state, scale)
@@ -36,7 +41,7 @@ def chunked_kernels(
     def gradients(primals, cotangents, _):
         return kernels.chunked.backward(*primals, scale, *cotangents)
 
-    return run(q, f, v, lower_bound.astype(mx.float32), state)
+    return run
 
 
 @functools.cache

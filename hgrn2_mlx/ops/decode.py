@@ -28,9 +28,14 @@ def decode(
     the step by step form.
     """
 
+    return _differentiable(scale)(q, f, v, lower_bound.astype(mx.float32), state)
+
+
+@functools.cache
+def _differentiable(scale: float):
     @mx.custom_function
     def run(q, f, v, lower_bound, state):
-        return kernels.decode.decode(q, f, v, lower_bound.astype(mx.float32), state, scale)
+        return kernels.decode.decode(q, f, v, lower_bound, state, scale)
 
     @run.vjp
     def gradients(primals, cotangents, _):
@@ -39,7 +44,7 @@ def decode(
 
         return mx.vjp(step_by_step, primals, cotangents)[1]
 
-    return run(q, f, v, lower_bound, state)
+    return run
 
 
 @functools.cache
