@@ -8,9 +8,7 @@ file for the stock commands; with this package imported, no trust is needed.
 
 import functools
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import mlx_lm.models
 import mlx_lm.utils
@@ -38,9 +36,9 @@ def register() -> None:
         mlx_lm.utils.load_model = _trusting_our_model_files(mlx_lm.utils.load_model)
 
 
-def _trusting_our_model_files(load_model: Callable[..., Any]) -> Callable[..., Any]:
+def _trusting_our_model_files(load_model):
     @functools.wraps(load_model)
-    def trusting(model_path: str | Path, *args: Any, **kwargs: Any) -> Any:
+    def trusting(model_path, *args, **kwargs):
         if _is_our_model_file(Path(model_path)):
             kwargs["trust_remote_code"] = True
         return load_model(model_path, *args, **kwargs)
@@ -51,7 +49,7 @@ def _trusting_our_model_files(load_model: Callable[..., Any]) -> Callable[..., A
 def _is_our_model_file(model_path: Path) -> bool:
     """Whether the folder's model file is this package's own, so that running it adds nothing."""
     config = mlx_lm.utils.load_config(model_path)
-    name, ours = config.get("model_file"), MODEL_FILES.get(config.get("model_type", ""))
+    name, ours = config.get("model_file"), MODEL_FILES.get(config.get("model_type"))
     if ours is None or not isinstance(name, str) or not (model_path / name).is_file():
         return False
     return (model_path / name).read_bytes() == ours.read_bytes()
