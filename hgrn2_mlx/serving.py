@@ -13,6 +13,7 @@ import json
 import logging
 import socket
 from collections.abc import Iterator
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,17 @@ def _run(
     run_http_server: Any, host: str, port: int, response_generator: server.ResponseGenerator
 ) -> None:
     try:
-        run_http_server(host, port, response_generator, handler_class=GuardedHandler)
+        run_http_server(
+            host, port, response_generator, server_class=_Server, handler_class=GuardedHandler
+        )
     finally:  # Or the process would go on, with an error or a signal behind it.
         response_generator.stop_and_join()
+
+
+class _Server(ThreadingHTTPServer):
+    # Connections that wait to be accepted. Python's 5 are too few for as many clients as
+    # mlx-lm generates for at a time: further ones wait for seconds, and some are reset.
+    request_queue_size = 128
 
 
 class GuardedHandler(server.APIHandler):
