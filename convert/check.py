@@ -144,7 +144,7 @@ def _count_different(array: mx.array, expected: mx.array) -> int:
         return 0
     size = expected.dtype.size
     different = mx.contiguous(array).view(mx.uint8) != mx.contiguous(expected).view(mx.uint8)
-    return mx.sum(mx.any(different.reshape(-1, size), axis=1)).item()
+    return int(mx.sum(mx.any(different.reshape(-1, size), axis=1)))
 
 
 def _compare_settings(plan: Plan, destination: Path) -> list[str]:
@@ -184,4 +184,4 @@ def _run_both(torch_folder: Path, mlx_folder: Path, vocab_size: int) -> float:
     tokens = (mx.arange(TOKENS) * 7919 % vocab_size)[None]
     model, _ = load_model(mlx_folder)
     model.set_dtype(mx.float32)
-    return mx.abs(model(tokens) - fla_on_cpu.logits(torch_folder, tokens)).max().item()
+    return float(mx.abs(model(tokens) - fla_on_cpu.logits(torch_folder, tokens)).max())

@@ -114,7 +114,7 @@ def plan_conversion(
         names = [name for piece in pieces for name in piece.weights]
         dtypes = {name: DTYPES[dtype] for name in names if model.cast_predicate(name)}
         config |= {key: dtype for key in ("dtype", "torch_dtype") if key in config}
-    quantizations = {}
+    quantizations: dict[str, Quantization] = {}
     if quantize:
         quantizations, config = _plan_quantization(model, config, q_bits, q_group_size, q_mode)
     config |= {"model_file": MODEL_FILES[args.model_type].name}
@@ -148,10 +148,10 @@ def _plan_quantization(
     """Which weights mlx-lm quantizes and how, and the config that says so."""
     # mlx-lm prints a line on the way.
     with contextlib.redirect_stdout(io.StringIO()):
-        model, config = quantize_model(model, config, group_size, bits, mode=mode)
+        quantized, config = quantize_model(model, config, group_size, bits, mode=mode)
     quantizations = {
         f"{path}.weight": Quantization(layer.group_size, layer.bits, layer.mode)
-        for path, layer in model.named_modules()
+        for path, layer in quantized.named_modules()
         if "scales" in layer
     }
     if not quantizations:

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Group, JustifyMethod, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -20,6 +20,9 @@ from .writer import DTYPE_NAMES, TensorLayout
 
 # What the written numbers and file formats depend on.
 PACKAGES = ("hgrn2-mlx", "mlx", "mlx-lm", "tokenizers", "sentencepiece", "huggingface-hub")
+
+# A line of the summary: name, shape, dtype in the checkpoint, dtype written, transform.
+Row = tuple[str, tuple[int, ...], str, str, str]
 
 
 @dataclass(frozen=True)
@@ -142,13 +145,14 @@ class ConversionReport:
     def __rich__(self) -> RenderableType:
         """A summary for a terminal: ``rich.print(report)``."""
         table = Table(box=None, pad_edge=False, header_style="bold")
-        for heading, justify in (
+        columns: list[tuple[str, JustifyMethod]] = [
             ("tensor", "left"),
             ("", "right"),
             ("shape", "left"),
             ("dtype", "left"),
             ("", "left"),
-        ):
+        ]
+        for heading, justify in columns:
             table.add_column(heading, justify=justify, overflow="fold")
         for (name, shape, source_dtype, dtype, transform), count in self._grouped().items():
             dtypes = f"{source_dtype} → {dtype}" if dtype else "dropped"
@@ -170,9 +174,9 @@ class ConversionReport:
         )
         return Group(*map(Text, lines), table, Text(result), Text(f"written to {self.destination}"))
 
-    def _grouped(self) -> dict[tuple, int]:
+    def _grouped(self) -> dict[Row, int]:
         """The table's rows: equal tensors of different layers as one, with their number."""
-        counts: dict[tuple, int] = {}
+        counts: dict[Row, int] = {}
         for record in self.tensors:
             pattern = re.sub(r"\.layers\.\d+\.", ".layers.*.", record.name)
             row = (
