@@ -32,7 +32,7 @@ class Settings:
 SETTINGS = {
     "tiny": Settings(Recipe(16, 2, 32, 16, 2, 4, 1e-2, validation_tokens=64), [4, 16], [0]),
     "small": Settings(
-        Recipe(64, 3, 128, 64, 16, 300, 1e-2, validation_tokens=16384), [4, 16, 64], [0, 1]
+        Recipe(64, 3, 128, 64, 16, 200, 1e-2, validation_tokens=8192), [4, 16, 64], [0, 1]
     ),
     "full": Settings(
         Recipe(256, 4, 512, 256, 32, 600, 3e-3, dropout=0.1), [4, 16, 64, 128], [0, 1, 2]

@@ -37,8 +37,8 @@ SETTINGS = {
         seeds=[0],
     ),
     "small": Settings(
-        characters=Recipe(64, 3, 128, 64, 16, 300, 1e-2, validation_tokens=16384),
-        byte_pairs=Recipe(64, 3, 128, 64, 16, 150, 1e-2, validation_tokens=16384),
+        characters=Recipe(64, 3, 128, 64, 16, 200, 1e-2, validation_tokens=8192),
+        byte_pairs=Recipe(64, 3, 128, 64, 16, 100, 1e-2, validation_tokens=8192),
         vocabulary=512,
         expand_ratio=64,
         seeds=[0, 1, 2],

@@ -38,7 +38,7 @@ SETTINGS = {
         Recipe(16, 2, 32, 16, 2, 4, 1e-2, validation_tokens=64), 16, [0], [8, 16], 1, 2
     ),
     "small": Settings(
-        Recipe(64, 3, 128, 64, 16, 300, 1e-2, validation_tokens=16384),
+        Recipe(64, 3, 128, 64, 16, 200, 1e-2, validation_tokens=8192),
         expand_ratio=64,
         seeds=[0, 1],
         contexts=[64, 256, 1024, 4096, 8192],
