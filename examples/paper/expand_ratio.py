@@ -32,11 +32,9 @@ class Settings:
 SETTINGS = {
     "tiny": Settings(Recipe(16, 2, 32, 16, 2, 4, 1e-2, validation_tokens=64), [4, 16], [0]),
     "small": Settings(
-        Recipe(64, 3, 128, 64, 16, 200, 1e-2, validation_tokens=8192), [4, 16, 64], [0, 1]
+        Recipe(64, 3, 128, 64, 16, 200, 5e-3, validation_tokens=8192), [4, 16, 64], [0, 1]
     ),
-    "full": Settings(
-        Recipe(256, 4, 512, 256, 32, 600, 3e-3, dropout=0.1), [4, 16, 64, 128], [0, 1, 2]
-    ),
+    "full": Settings(Recipe(256, 4, 512, 256, 32, 600, 3e-3, dropout=0.1), [8, 32, 128], [0, 1, 2]),
 }
 
 
@@ -64,9 +62,8 @@ def run(architecture: Architecture, seed: int, settings: Settings, deadline: flo
 
 def carry_out(settings: Settings, options: experiment.Options) -> Iterable[dict]:
     architectures = [
-        Architecture("hgrn2", ratio, bounds)
-        for ratio in reversed(settings.expand_ratios)
-        for bounds in (True, False)
+        *(Architecture("hgrn2", ratio) for ratio in settings.expand_ratios),
+        Architecture("hgrn2", settings.expand_ratios[-1], lower_bounds=False),
     ]
     runs = [(a, seed, settings) for seed in settings.seeds for a in architectures]
     yield from experiment.carry_out(run, runs, options)
@@ -98,7 +95,7 @@ def draw(record: dict, path: Path) -> None:
     axes.set(xscale="log", xlabel="numbers of state", ylabel="validation loss, nats per character")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, format="png", dpi=100)
 
 
 if __name__ == "__main__":

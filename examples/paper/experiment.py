@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, is_dataclass
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx_lm
 import numpy as np
 from training import Architecture
 
@@ -68,7 +68,7 @@ def main(
     Args:
         settings: By size.
         experiment: Yields results as they come, from the settings of a size.
-        draw: Draws the record to a file.
+        draw: Draws the record to a PNG file.
         parts: Names of its parts, of which a user may choose.
     """
     parser = argparse.ArgumentParser(description=description.partition("\n")[0])
@@ -94,7 +94,8 @@ def main(
             with staged_file(options.path("json")) as path:
                 path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     record = json.loads(options.path("json").read_text(encoding="utf-8"))
-    draw(record, options.path("png"))
+    with staged_file(options.path("png")) as path:
+        draw(record, path)
     print(f"written: {options.path('json')} and {options.path('png')}")
 
 
@@ -115,7 +116,7 @@ def new_record(options: Options, settings: Any) -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             "mlx": mx.__version__,
-            "mlx-lm": version("mlx-lm"),
+            "mlx-lm": mlx_lm.__version__,
             "numpy": np.__version__,
         },
         "minutes": None if math.isinf(options.minutes) else options.minutes,
@@ -193,7 +194,14 @@ def over_seeds(runs: Iterable[dict], key: Callable[[dict], Any], value: Callable
     }
 
 
-def of_most_steps(runs: list[dict]) -> list[dict]:
-    """Those that were evaluated as often as any: runs that the time cut short have less to draw."""
-    most = max((len(run["evaluations"]) for run in runs), default=0)
-    return [run for run in runs if len(run["evaluations"]) == most]
+def curves(runs: Iterable[dict]) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """By model: steps, means and standard deviations of the evaluations that all seeds reached."""
+    groups: dict[str, list] = {}
+    for run in runs:
+        groups.setdefault(name(run), []).append(run["evaluations"])
+    result = {}
+    for model, evaluations in groups.items():
+        shared = min(map(len, evaluations))
+        steps, losses = np.moveaxis([one[:shared] for one in evaluations], -1, 0)
+        result[model] = (steps.mean(axis=0), losses.mean(axis=0), losses.std(axis=0))
+    return result

@@ -37,8 +37,8 @@ SETTINGS = {
         seeds=[0],
     ),
     "small": Settings(
-        characters=Recipe(64, 3, 128, 64, 16, 200, 1e-2, validation_tokens=8192),
-        byte_pairs=Recipe(64, 3, 128, 64, 16, 100, 1e-2, validation_tokens=8192),
+        characters=Recipe(64, 3, 128, 64, 16, 200, 5e-3, validation_tokens=8192),
+        byte_pairs=Recipe(64, 3, 128, 64, 16, 100, 5e-3, validation_tokens=8192),
         vocabulary=512,
         expand_ratio=64,
         seeds=[0, 1, 2],
@@ -99,21 +99,16 @@ def draw(record: dict, path: Path) -> None:
     for unit, axes in zip(units, panels, strict=True):
         of_unit = [run for run in runs if run["unit"] == unit]
         lowest = experiment.over_seeds(of_unit, experiment.name, lambda run: run["per_character"])
-        curves = experiment.over_seeds(
-            experiment.of_most_steps(of_unit),
-            experiment.name,
-            lambda run: list(zip(*run["evaluations"], strict=True)),
-        )
-        for name, ((steps, losses), (_, deviations), seeds) in curves.items():
-            mean, deviation, _ = lowest[name]
-            label = f"{name}: {mean:.3f} ± {deviation:.3f} ({seeds} seeds)"
+        for model, (steps, losses, deviations) in experiment.curves(of_unit).items():
+            mean, deviation, seeds = lowest[model]
+            label = f"{model}: {mean:.3f} ± {deviation:.3f} ({seeds} seeds)"
             axes.errorbar(steps, losses, deviations, capsize=2, label=label)
         if unit == "characters":
             axes.axhline(NANOGPT, color="grey", linestyle=":", label=f"nanoGPT: {NANOGPT}")
         axes.set(title=unit.replace("_", " "), xlabel="step", ylabel="validation loss, nats/token")
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, title="best, nats per character", fontsize=8)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, format="png", dpi=100)
 
 
 if __name__ == "__main__":

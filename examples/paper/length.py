@@ -38,7 +38,7 @@ SETTINGS = {
         Recipe(16, 2, 32, 16, 2, 4, 1e-2, validation_tokens=64), 16, [0], [8, 16], 1, 2
     ),
     "small": Settings(
-        Recipe(64, 3, 128, 64, 16, 200, 1e-2, validation_tokens=8192),
+        Recipe(64, 3, 128, 64, 16, 200, 5e-3, validation_tokens=8192),
         expand_ratio=64,
         seeds=[0, 1],
         contexts=[64, 256, 1024, 4096, 8192],
@@ -147,7 +147,7 @@ def draw(record: dict, path: Path) -> None:
     for axes in (by_position, time_per_token, memory):
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, format="png", dpi=100)
 
 
 if __name__ == "__main__":

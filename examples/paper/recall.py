@@ -41,7 +41,17 @@ class Settings:
 
 SETTINGS = {
     "tiny": Settings(32, [(16, 2)], 16, [16], 4, 64, 1e-2, [0], 4),
-    "small": Settings(256, [(32, 4)], 64, [8, 64], 500, 2048, 5e-3, [0, 1], 256),
+    "small": Settings(
+        vocabulary=64,
+        tasks=[(16, 4), (32, 4), (32, 8)],
+        width=64,
+        expand_ratios=[8, 64],
+        steps=600,
+        tokens=2048,
+        learning_rate=5e-3,
+        seeds=[0, 1],
+        test_sequences=128,
+    ),
     "full": Settings(
         vocabulary=8192,
         tasks=[(64, 4), (128, 8), (256, 16), (512, 64)],
@@ -122,8 +132,7 @@ def run(architecture: Architecture, seed: int, settings: Settings, deadline: flo
     shape = Shape(
         settings.vocabulary, settings.width, layers=2, mlp_width=2 * settings.width, tied=True
     )
-    # fla's 0.02 is for wide models; with it, these take long to begin to learn.
-    model = build(architecture, shape, seed, initializer_range=settings.width**-0.5)
+    model = build(architecture, shape, seed)
     optimizer = OptimizerConfig(settings.learning_rate, warmup_steps=max(1, settings.steps // 10))
     trainer = RecallTrainer(model, Plan(settings.steps, optimizer, seed))
 
@@ -181,7 +190,7 @@ def draw(record: dict, path: Path) -> None:
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("accuracy")
     panels[-1].legend(frameon=False, bbox_to_anchor=(1, 1), loc="upper left")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, format="png", dpi=100)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from hgrn2_mlx.models import hgrn, hgrn2
 from hgrn2_mlx.ops import chunked
 from hgrn2_mlx.train.config import OptimizerConfig
 from hgrn2_mlx.train.dropout import add_dropout, drop_output
-from hgrn2_mlx.train.initialization import INITIALIZER_RANGE, initialize
+from hgrn2_mlx.train.initialization import initialize
 from hgrn2_mlx.train.trainer import Trainer
 
 # These models are small: more tokens at a time are fewer, larger operations, and still fit.
@@ -78,13 +78,7 @@ class Transformer(llama.Model):
         return lambda name: True
 
 
-def build(
-    architecture: Architecture,
-    shape: Shape,
-    seed: int,
-    dropout: float = 0.0,
-    initializer_range: float = INITIALIZER_RANGE,
-) -> nn.Module:
+def build(architecture: Architecture, shape: Shape, seed: int, dropout: float = 0.0) -> nn.Module:
     """A model with initial weights and, while it trains, dropout."""
     sizes = {
         "vocab_size": shape.vocabulary,
@@ -107,7 +101,8 @@ def build(
             )
         )
     mx.random.seed(seed)
-    initialize(model, initializer_range)
+    # At the width of fla's models, 2048, this is the 0.02 that fla takes for all.
+    initialize(model, initializer_range=shape.width**-0.5)
     if architecture.kind == "transformer":
         for module in (model.model.embed_tokens, model.model):
             drop_output(module, nn.Dropout(dropout))
