@@ -84,6 +84,19 @@ def test_recall_asks_for_what_the_sequence_says(examples):
         assert asked[:8].min() >= 16
 
 
+def test_byte_pairs_are_compared_by_the_character(tmp_path):
+    command = [sys.executable, str(PAPER / "language_modelling.py"), "--size", "tiny"]
+    command += ["--parts", "byte_pairs", "--out", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    runs = json.loads((tmp_path / "language_modelling-tiny.json").read_text())["runs"]
+    tokens = np.fromfile(tmp_path / "tokens-384" / "validation.bin", np.uint16)
+    text = (PAPER.parent / "data" / "tinyshakespeare.txt").read_text()
+    for run in runs:
+        total = run["best"] * (len(tokens) - 1)
+        assert run["per_character"] == pytest.approx(total / (0.1 * len(text)), rel=1e-4)
+
+
 def test_training_ends_when_the_time_is_up(examples, tmp_path):
     command = [sys.executable, str(PAPER / "recall.py"), "--size", "tiny", "--minutes", "0"]
     result = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True)

@@ -26,9 +26,13 @@ import numpy as np
 from training import Architecture
 
 from hgrn2_mlx.convert.staging import staged_file
+from hgrn2_mlx.ops import chunked
 
-# Above this many numbers kept for reuse, MLX gives memory back: the runs share one device.
+# Beyond this, MLX gives back the memory that it keeps for reuse: the runs share one device.
 CACHE_BYTES = 2 << 30
+# Tokens recomputed at a time in the backward pass. The models are small: more tokens than the
+# package takes still fit, and are fewer and larger operations.
+SEGMENT_TOKENS = 1 << 15
 
 
 @dataclass
@@ -159,6 +163,7 @@ def _carry_out_one(
     function: Callable[..., dict], run: tuple, index: int, count: int, jobs: int, end: float
 ) -> dict:
     mx.set_cache_limit(CACHE_BYTES)
+    chunked.SEGMENT_TOKENS = SEGMENT_TOKENS
     now = time.time()
     if now >= end:
         result = {"failed": "no time left"}

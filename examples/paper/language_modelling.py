@@ -99,7 +99,7 @@ def draw(record: dict, path: Path) -> None:
     for unit, axes in zip(units, panels, strict=True):
         of_unit = [run for run in runs if run["unit"] == unit]
         lowest = experiment.over_seeds(of_unit, experiment.name, lambda run: run["per_character"])
-        for model, (steps, losses, deviations) in experiment.curves(of_unit).items():
+        for model, (steps, losses, deviations) in sorted(experiment.curves(of_unit).items()):
             mean, deviation, seeds = lowest[model]
             label = f"{model}: {mean:.3f} ± {deviation:.3f} ({seeds} seeds)"
             axes.errorbar(steps, losses, deviations, capsize=2, label=label)

@@ -18,14 +18,10 @@ from mlx_lm.models import llama
 from mlx_lm.models.cache import KVCache
 
 from hgrn2_mlx.models import hgrn, hgrn2
-from hgrn2_mlx.ops import chunked
 from hgrn2_mlx.train.config import OptimizerConfig
 from hgrn2_mlx.train.dropout import add_dropout, drop_output
 from hgrn2_mlx.train.initialization import initialize
 from hgrn2_mlx.train.trainer import Trainer
-
-# These models are small: more tokens at a time are fewer, larger operations, and still fit.
-chunked.SEGMENT_TOKENS = 1 << 15
 
 
 @dataclass
