@@ -57,7 +57,7 @@ SETTINGS = {
 
 
 def loss_by_position(model: nn.Module, text: Text, context: int) -> list[float]:
-    """Mean loss in nats of every eighth of the training length, over windows of eight lengths."""
+    """Mean loss in nats of every quarter of a training length, over windows of eight lengths."""
     length = TIMES * context
     windows = [
         text.validation[start : start + length + 1]
@@ -69,7 +69,7 @@ def loss_by_position(model: nn.Module, text: Text, context: int) -> list[float]:
         losses.append(nn.losses.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:]))
         mx.eval(losses[-1])
     means = mx.concatenate(losses).mean(axis=0)
-    return means.reshape(-1, context // 8).mean(axis=1).tolist()
+    return means.reshape(-1, context // 4).mean(axis=1).tolist()
 
 
 def run(architecture: Architecture, seed: int, settings: Settings, deadline: float) -> dict:
@@ -129,7 +129,7 @@ def draw(record: dict, path: Path) -> None:
     trained = [run for run in experiment.finished(record) if "loss_by_position" in run]
     curves = experiment.over_seeds(trained, experiment.name, lambda run: run["loss_by_position"])
     for name, (means, deviations, _) in curves.items():
-        positions = (np.arange(len(means)) + 0.5) / 8
+        positions = (np.arange(len(means)) + 0.5) / 4
         by_position.errorbar(positions, means, deviations, capsize=2, label=name)
     by_position.axvline(1, color="grey", linestyle=":")
     by_position.set(xlabel=f"position, in training lengths of {context} characters")
@@ -140,7 +140,7 @@ def draw(record: dict, path: Path) -> None:
             if points:
                 axes.plot(*zip(*points, strict=True), marker="o", label=experiment.name(run))
     batch = record["settings"]["decode_batch"]
-    time_per_token.set(ylabel=f"decoding, ms per token of {batch} sequences")
+    time_per_token.set(ylabel=f"decoding, ms a token (batch {batch})", ylim=(0, None))
     memory.set(ylabel="kept of a sequence, MB", yscale="log")
     for axes in (time_per_token, memory):
         axes.set(xscale="log", xlabel="context, tokens")
