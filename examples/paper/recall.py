@@ -42,22 +42,22 @@ class Settings:
 SETTINGS = {
     "tiny": Settings(32, [(16, 2)], 16, [16], 4, 64, 1e-2, [0], 4),
     "small": Settings(
-        vocabulary=64,
-        tasks=[(16, 4), (32, 4), (32, 8)],
+        vocabulary=256,
+        tasks=[(32, 4)],
         width=64,
         expand_ratios=[8, 64],
-        steps=600,
+        steps=2500,
         tokens=2048,
         learning_rate=5e-3,
-        seeds=[0, 1],
-        test_sequences=128,
+        seeds=[0],
+        test_sequences=256,
     ),
     "full": Settings(
         vocabulary=8192,
         tasks=[(64, 4), (128, 8), (256, 16), (512, 64)],
         width=128,
         expand_ratios=[8, 32, 128],
-        steps=1500,
+        steps=2000,
         tokens=16384,
         learning_rate=3e-3,
         seeds=[0, 1, 2],
@@ -175,8 +175,9 @@ def draw(record: dict, path: Path) -> None:
     tasks = record["settings"]["tasks"]
     figure = Figure(figsize=(3 + 3 * len(tasks), 4), layout="constrained")
     panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
+    runs = experiment.finished(record)
     points = experiment.over_seeds(
-        experiment.finished(record),
+        runs,
         key=lambda run: (experiment.name(run), tuple(run["state"])),
         value=lambda run: run["evaluations"][-1][1],
     )
@@ -185,6 +186,10 @@ def draw(record: dict, path: Path) -> None:
             axes.errorbar(
                 state[index], mean[index], deviation[index], marker="o", capsize=3, label=name
             )
+        # A model has found out or has not, so a mean alone would mislead.
+        for run in runs:
+            accuracy = run["evaluations"][-1][1][index]
+            axes.plot(run["state"][index], accuracy, marker="x", color="grey", zorder=3)
         axes.set(title=f"{pairs} pairs, {length} tokens", xscale="log", ylim=(-0.02, 1.02))
         axes.set_xlabel("numbers of state")
         axes.grid(alpha=0.3)
