@@ -23,14 +23,14 @@ def add_dropout(model: LanguageModel, dropout: float, token_dropout: float) -> N
             mixer and MLP adds and from what the head reads.
         token_dropout: Share of the tokens whose whole embedding is dropped.
     """
-    _drop_output(model.model.embeddings, TokenDropout(token_dropout), nn.Dropout(dropout))
+    drop_output(model.model.embeddings, TokenDropout(token_dropout), nn.Dropout(dropout))
     for layer in model.layers:
-        _drop_output(layer.attn, nn.Dropout(dropout))
-        _drop_output(layer.mlp, nn.Dropout(dropout))
-    _drop_output(model.model, nn.Dropout(dropout))
+        drop_output(layer.attn, nn.Dropout(dropout))
+        drop_output(layer.mlp, nn.Dropout(dropout))
+    drop_output(model.model, nn.Dropout(dropout))
 
 
-def _drop_output(module: nn.Module, *dropouts: nn.Dropout) -> None:
+def drop_output(module: nn.Module, *dropouts: nn.Dropout) -> None:
     """Gives a module a subclass of its class, whose output passes through ``dropouts``."""
 
     class WithDropout(type(module)):
