@@ -21,6 +21,11 @@ inline float reciprocal(float x) {
   return __fdividef(1.0f, x);
 }
 
+// A number that a template argument brings, which may be an integer only.
+inline float float_of_bits(int bits) {
+  return __int_as_float(bits);
+}
+
 inline float simd_shuffle_xor(float x, uint mask) {
   return __shfl_xor_sync(0xffffffffu, x, mask);
 }

@@ -2,10 +2,10 @@
 //
 //   S_t = Diag(f_t) S_{t-1} + k_t (x) v_t,    o_t = scale silu(q_t) S_t
 //
-// A simdgroup holds ROWS rows of the state [V, K]; a lane holds K / 32 neighbouring
-// columns of each, so a row is read and written in one coalesced sweep, and q_t S_t
-// is one simd_sum per row. The state crosses device memory once in each direction
-// whatever the number of tokens.
+// A simdgroup holds ROWS rows of the state [V, K]; a lane holds every 32nd column of each,
+// so that neighbouring lanes read and write neighbours, and q_t S_t is one simd_sum per
+// row. The state crosses device memory once in each direction whatever the number of
+// tokens.
 
 template <typename T, int K, int V, int H, int TOKENS, int ROWS>
 inline void decode(
@@ -23,14 +23,13 @@ inline void decode(
 {
   constexpr int COLUMNS = K / 32;
   const uint head = batch_head % H;
-  const uint column = lane * COLUMNS;
   const uint row = row_group * ROWS;
-  const uint state_offset = (batch_head * V + row) * K + column;
+  const uint state_offset = (batch_head * V + row) * K + lane;
 
   float state[ROWS][COLUMNS];
   for (int r = 0; r < ROWS; ++r) {
     for (int c = 0; c < COLUMNS; ++c) {
-      state[r][c] = state_in[state_offset + r * K + c];
+      state[r][c] = state_in[state_offset + r * K + 32 * c];
     }
   }
 
@@ -39,9 +38,10 @@ inline void decode(
     float query[COLUMNS];
     Gates gate[COLUMNS];
     for (int c = 0; c < COLUMNS; ++c) {
-      const uint at = token_head * K + column + c;
+      const uint column = lane + 32 * c;
+      const uint at = token_head * K + column;
       query[c] = scale * silu(float(q[at]));
-      gate[c] = gates(float(f[at]), lower_bound[head * K + column + c]);
+      gate[c] = gates(float(f[at]), lower_bound[head * K + column]);
     }
     for (int r = 0; r < ROWS; ++r) {
       const float value = float(v[token_head * V + row + r]);
@@ -59,7 +59,7 @@ inline void decode(
 
   for (int r = 0; r < ROWS; ++r) {
     for (int c = 0; c < COLUMNS; ++c) {
-      state_out[state_offset + r * K + c] = state[r][c];
+      state_out[state_offset + r * K + 32 * c] = state[r][c];
     }
   }
 }

@@ -106,6 +106,7 @@ struct ScanOperands {
 template <
     typename T,
     typename Result,
+    typename End,
     int ROLE,
     int R,
     int N,
@@ -127,9 +128,9 @@ inline void scan_state(
     device Result* results, // [B, length, H, R], where IS_READ
     device float* state_out, // [B, H, parts, values, keys], unless OF_KEYS
     device float* part_decay, // [B, H, parts, keys], unless IS_READ
-    const device float* segment_states, // what QUERY_GRADIENTS leaves, KEY_GRADIENTS only
-    device float* segment_ends, // [B, H, segments, keys, values] S, QUERY_GRADIENTS,
-                                // or [B, H, segments, keys] <S, dS>, KEY_GRADIENTS
+    const device T* segment_states, // what QUERY_GRADIENTS leaves, KEY_GRADIENTS only
+    device End* segment_ends, // [B, H, segments, keys, values] S, QUERY_GRADIENTS,
+                              // or [B, H, segments, keys] <S, dS>, KEY_GRADIENTS
     threadgroup uint4* pool, // BUFFERS times Layout::WORDS
     uint lane,
     uint simdgroup,

@@ -104,12 +104,12 @@ inline void scale_rows(
 }
 
 // sums[r] = sum over c of tile[r, c] other[r * row_stride + c]
-template <int ROWS, int COLUMNS>
+template <int ROWS, int COLUMNS, typename T, typename Sum>
 inline void row_products(
     const thread Tile<ROWS, COLUMNS>& tile,
-    const device float* other,
+    const device T* other,
     uint row_stride,
-    device float* sums,
+    device Sum* sums,
     uint lane) {
   const uint row = fragment_row(lane);
   other += row * row_stride + fragment_column(lane);
@@ -123,7 +123,7 @@ inline void row_products(
     }
     sum = sum_of_row(sum);
     if (fragment_column(lane) == 0) {
-      sums[8 * i + row] = sum;
+      sums[8 * i + row] = Sum(sum);
     }
   }
 }

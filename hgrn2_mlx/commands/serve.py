@@ -13,4 +13,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> None:
+    from ..serving import guard_server
+
+    guard_server()
     run_mlx_lm("server", options)

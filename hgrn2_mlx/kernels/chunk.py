@@ -5,7 +5,7 @@ import functools
 import mlx.core as mx
 
 from .sources import make_kernel
-from .tiling import Shape, constant
+from .tiling import Shape, bits
 
 CHUNKS_PER_GROUP = 4  # that are prepared in one threadgroup, by a simdgroup each
 CHANNELS = 32  # per simdgroup of the gradients: one to a lane
@@ -22,8 +22,14 @@ def prepare(
         ``[B, H, chunks, K]`` and scores ``[B, H, chunks, chunk, chunk]``.
     """
     return _prepare_kernel()(
-        inputs=[q, f, lower_bound, constant(scale)],
-        template=[("T", q.dtype), ("K", shape.keys), ("H", shape.heads), ("CHUNK", shape.chunk)],
+        inputs=[q, f, lower_bound],
+        template=[
+            ("T", q.dtype),
+            ("K", shape.keys),
+            ("H", shape.heads),
+            ("CHUNK", shape.chunk),
+            ("SCALE", bits(scale)),
+        ],
         grid=(
             32,
             -(-shape.chunks // CHUNKS_PER_GROUP) * CHUNKS_PER_GROUP,
@@ -70,7 +76,7 @@ def gradients(
     slices = -(-shape.keys // CHANNELS)
     simdgroups = max(n for n in range(1, SLICES_PER_GROUP + 1) if slices % n == 0)
     q_gradient, f_gradient, bound_gradients = _gradients_kernel()(
-        inputs=[q, f, lower_bound, constant(scale), *from_scans],
+        inputs=[q, f, lower_bound, *from_scans],
         template=[
             ("T", q.dtype),
             ("K", shape.keys),
@@ -78,6 +84,7 @@ def gradients(
             ("CHUNK", shape.chunk),
             ("SEGMENT", shape.segment_chunks),
             ("SLICES", slices),
+            ("SCALE", bits(scale)),
             ("SIMDGROUPS", simdgroups),
         ],
         grid=(32, slices * shape.segments, shape.batch * shape.heads),
@@ -93,14 +100,14 @@ def _prepare_kernel():
     return make_kernel(
         name="hgrn2_prepare_chunk",
         files=["gates.h", "tile_{gpu}.h", "channels.h", "chunk_prepare.h"],
-        inputs=["q", "f", "lower_bound", "scale"],
+        inputs=["q", "f", "lower_bound"],
         outputs=["entering_queries", "leaving_keys", "decay", "scores"],
         cuda_blocks=3,
         call=f"""
         const uint chunk = group.y * {CHUNKS_PER_GROUP} + simdgroup;
         if (chunk < (q_shape[1] + CHUNK - 1) / CHUNK) {{
           prepare_chunk<T, K, H, CHUNK>(
-              q, f, lower_bound, scale[0], q_shape[1],
+              q, f, lower_bound, float_of_bits(SCALE), q_shape[1],
               entering_queries, leaving_keys, decay, scores, lane, chunk, group.z);
         }}
         """,
@@ -128,13 +135,13 @@ def _gradients_kernel():
     return make_kernel(
         name="hgrn2_chunk_gradients",
         files=["gates.h", "channels.h", "chunk_gradients.h"],
-        inputs=["q", "f", "lower_bound", "scale", *from_scans],
+        inputs=["q", "f", "lower_bound", *from_scans],
         outputs=["q_gradients", "f_gradients", "bound_gradients"],
         cuda_blocks=3,
         call=f"""
         const uint index = group.y * SIMDGROUPS + simdgroup;
         chunk_gradients<T, K, H, CHUNK, SEGMENT>(
-            q, f, lower_bound, scale[0], q_shape[1], {", ".join(from_scans)},
+            q, f, lower_bound, float_of_bits(SCALE), q_shape[1], {", ".join(from_scans)},
             q_gradients, f_gradients, bound_gradients,
             lane, index % SLICES, index / SLICES, group.z);
         """,

@@ -5,7 +5,7 @@ import functools
 import mlx.core as mx
 
 from .sources import make_kernel, on_gpu
-from .tiling import constant
+from .tiling import bits
 
 ROWS = 4  # rows of the state [V, K] per simdgroup
 SIMDGROUPS = 4  # simdgroups per threadgroup
@@ -49,7 +49,7 @@ def decode(
     batch, tokens, heads, key_dim = q.shape
     value_dim = v.shape[-1]
     return _kernel()(
-        inputs=[q, f, v, lower_bound, state, constant(scale)],
+        inputs=[q, f, v, lower_bound, state],
         template=[
             ("T", v.dtype),
             ("K", key_dim),
@@ -58,6 +58,7 @@ def decode(
             ("TOKENS", tokens),
             ("ROWS", ROWS),
             ("SIMDGROUPS", SIMDGROUPS),
+            ("SCALE", bits(scale)),
         ],
         grid=(32, value_dim // ROWS, batch * heads),
         threadgroup=(32, SIMDGROUPS, 1),
@@ -71,11 +72,11 @@ def _kernel():
     return make_kernel(
         name="hgrn2_decode",
         files=["gates.h", "decode.h"],
-        inputs=["q", "f", "v", "lower_bound", "state_in", "scale"],
+        inputs=["q", "f", "v", "lower_bound", "state_in"],
         outputs=["out", "state_out"],
         call="""
         decode<T, K, V, H, TOKENS, ROWS>(
-            q, f, v, lower_bound, state_in, scale[0], out, state_out,
+            q, f, v, lower_bound, state_in, float_of_bits(SCALE), out, state_out,
             lane, group.y * SIMDGROUPS + simdgroup, group.z);
         """,
     )

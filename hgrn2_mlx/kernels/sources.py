@@ -19,12 +19,14 @@ CUDA_BLOCK_THREADS = 128
 # Thread indices under the names the one-line kernels use.
 CUDA_INDICES = """
 const uint3 group = blockIdx;
+const dim3 groups = gridDim;
 const uint simdgroup = threadIdx.y;
 const uint lane = threadIdx.x;
 const uint thread_in_grid = blockIdx.x * blockDim.x + threadIdx.x;
 """
 METAL_INDICES = """
 const uint3 group = threadgroup_position_in_grid;
+const uint3 groups = threadgroups_per_grid;
 const uint simdgroup = thread_position_in_threadgroup.y;
 const uint lane = thread_index_in_simdgroup;
 const uint thread_in_grid = thread_position_in_grid.x;
@@ -54,7 +56,7 @@ def make_kernel(
         inputs: Names of the inputs in ``call``.
         outputs: Names of the outputs in ``call``.
         call: The kernel's body: a call of a function template of the files. It may
-            use ``group``, ``simdgroup`` (in its threadgroup), ``lane`` and
+            use ``group`` of ``groups``, ``simdgroup`` (in its threadgroup), ``lane`` and
             ``thread_in_grid`` (along x).
         threadgroup: Arrays in threadgroup memory that ``call`` may use: type, name
             and number of elements, as written in the source. Both languages know

@@ -5,7 +5,7 @@ import functools
 import mlx.core as mx
 
 from .sources import make_kernel
-from .tiling import Shape, constant, tiling
+from .tiling import Shape, tiling
 
 WORD = 16  # bytes
 ARGUMENTS = (
@@ -57,13 +57,13 @@ def scan(
         outputs["part_decay"] = (shape.per_head(parts, keys), mx.float32)
     if of_keys:
         ends = (keys, values) if role == "QUERY_GRADIENTS" else (keys,)
-        outputs["segment_ends"] = (shape.per_head(shape.segments, *ends), mx.float32)
+        ends_dtype = shape.dtype if role == "QUERY_GRADIENTS" else mx.float32
+        outputs["segment_ends"] = (shape.per_head(shape.segments, *ends), ends_dtype)
 
     rows, columns = (keys, values) if of_keys else (values, keys)
     groups = rows // tiling().rows
     group = max(n for n in range(1, tiling().group + 1) if groups % n == 0)
     inputs = {"left": left, "written_by": written_by, "decay": decay, **others}
-    inputs["parts"] = constant(parts, mx.uint32)
     kernel = _kernel(role, tuple(inputs), tuple(outputs))
     return kernel(
         inputs=list(inputs.values()),
@@ -112,11 +112,12 @@ def _buffers(shape: Shape, group: int, columns: int) -> int:
 @functools.cache
 def _kernel(role: str, inputs: tuple[str, ...], outputs: tuple[str, ...]):
     """Arguments that the role has not are null."""
-    written = {"length": "left_shape[1]", "parts": "parts[0]"}
+    written = {"length": "left_shape[1]", "parts": "groups.z / (left_shape[0] * H)"}
     arguments = ", ".join(
         written.get(name, name if name in inputs + outputs else "nullptr") for name in ARGUMENTS
     )
     result = "T" if role in ("OUTPUTS", "VALUE_GRADIENTS") else "float"
+    end = "T" if role == "QUERY_GRADIENTS" else "float"
     return make_kernel(
         name=f"hgrn2_scan_{role.lower()}",
         files=["tile_{gpu}.h", "tile.h", "courier_{gpu}.h", "state_scan.h"],
@@ -131,7 +132,7 @@ def _kernel(role: str, inputs: tuple[str, ...], outputs: tuple[str, ...]):
             )
         ],
         call=f"""
-        scan_state<T, {result}, {role}, R, N, H, CHUNK, ROWS, SIMDGROUPS, BUFFERS, SEGMENT>(
+        scan_state<T, {result}, {end}, {role}, R, N, H, CHUNK, ROWS, SIMDGROUPS, BUFFERS, SEGMENT>(
             {arguments}, pool, lane, simdgroup, group.y, group.z);
         """,
     )

@@ -1,11 +1,11 @@
 """How the chunked kernels cut a sequence and its states for the GPU at hand."""
 
-import functools
+import struct
 from dataclasses import dataclass
 
 import mlx.core as mx
 
-SEGMENT_TOKENS = 128  # between the states that the backward pass keeps
+SEGMENT_TOKENS = 64  # between the states that the backward pass keeps
 PART_TOKENS = 512  # fewer are not worth a part of their own
 
 
@@ -88,7 +88,10 @@ class Shape:
         return (self.batch, self.heads, *dims)
 
 
-@functools.cache
-def constant(value: float, dtype: mx.Dtype = mx.float32) -> mx.array:
-    """A number as kernels take it."""
-    return mx.array([value], dtype)
+def bits(scale: float) -> int:
+    """A positive number as a template argument; ``float_of_bits`` undoes it.
+
+    As an array it would share a page of managed memory with others that the CPU
+    writes, and an NVIDIA GPU would fetch the page anew for every kernel.
+    """
+    return struct.unpack("i", struct.pack("f", scale))[0]

@@ -47,7 +47,7 @@ def gated_recurrence(
             ``state_v_first`` layout); ``None`` means zeros.
         mask: Booleans ``[B, T]``; a token where it is false leaves the state as
             it was, and its output is of no use.
-        scale: Factor on the queries, ``K ** -0.5`` by default as in fla's GLA
+        scale: Positive factor on the queries, ``K ** -0.5`` by default as in fla's GLA
             operations (``fla/ops/gla``).
         query_act: Activation of the queries, applied in float32. The kernel knows
             silu only; with another, MLX's operations run everywhere.
@@ -57,7 +57,8 @@ def gated_recurrence(
         the last token, ``[B, H, V, K]`` float32.
 
     Raises:
-        ValueError: If the shapes do not fit together or the sequence is empty.
+        ValueError: If the shapes do not fit together, the sequence is empty or the
+            scale is not positive.
     """
     if q.ndim != 4 or q.shape != f.shape or v.ndim != 4 or v.shape[:3] != q.shape[:3]:
         raise ValueError(
@@ -78,6 +79,8 @@ def gated_recurrence(
 
     if scale is None:
         scale = key_dim**-0.5
+    if scale <= 0:
+        raise ValueError(f"gated_recurrence: expected a positive scale, got {scale}")
     lower_bound = mx.zeros((heads, key_dim)) if lower_bound is None else lower_bound
     state = mx.zeros(state_shape) if state is None else state.astype(mx.float32)
     if mask is not None:
