@@ -18,14 +18,7 @@ import pytest
 from hgrn2_mlx.convert import convert
 from hgrn2_mlx.demo import CHECKPOINT
 
-COMMAND = """
-import sys
-from hgrn2_mlx.cli import main
-from hgrn2_mlx.serving import guard_server
-
-guard_server()
-sys.exit(main(["serve", *sys.argv[1:]]))
-"""
+COMMAND = [sys.executable, "-m", "hgrn2_mlx", "serve"]
 PROMPTS = ("ROMEO:", "JULIET:\n", "The king", "And the LORD said", "First Citizen:\n")
 # How many requests the server answers at a time: few, so that a slot that is lost is missed.
 SLOTS = 2
@@ -57,7 +50,7 @@ class Server:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.address = f"http://127.0.0.1:{self.port}"
-        command = [sys.executable, "-c", COMMAND, "--model", folder, "--port", self.port, *options]
+        command = [*COMMAND, "--model", folder, "--port", self.port, *options]
         self.process = subprocess.Popen(
             [str(part) for part in command],
             env=os.environ | {"HF_HUB_OFFLINE": "1"},
@@ -228,7 +221,7 @@ def test_clients_that_stop_waiting_free_their_slots(server, continuation):
 
 
 def test_a_port_in_use_is_an_error_that_ends_the_server(server, folder):
-    command = [sys.executable, "-c", COMMAND, "--model", folder, "--port", server.port]
+    command = [*COMMAND, "--model", folder, "--port", server.port]
     second = subprocess.run(
         [str(part) for part in command], capture_output=True, text=True, timeout=240
     )
