@@ -38,6 +38,24 @@ def test_the_carried_checkpoint_has_the_logits_that_it_has_on_a_cpu(tmp_path):
         assert difference < 2e-3  # float32 products are TF32 on NVIDIA GPUs
 
 
+def test_mapping_over_a_kernel_is_refused_in_words():
+    q, f, v = mx.random.normal((3, 2, 1, 20, 2, 32))
+    with pytest.raises(ValueError, match="vmap.*CustomKernel"):
+        mx.vmap(lambda *inputs: hgrn2_mlx.gated_recurrence(*inputs)[0])(q, f, v)
+
+
+def test_kernels_within_compiled_and_checkpointed_functions():
+    q, f, v = mx.random.normal((3, 2, 70, 2, 32), key=mx.random.key(3))
+
+    def loss(q, f, v):
+        return hgrn2_mlx.gated_recurrence(q, f, v)[0].square().sum()
+
+    want = mx.grad(loss, argnums=(0, 1, 2))(q, f, v)
+    for function in (mx.checkpoint(loss), mx.compile(loss), mx.compile(mx.checkpoint(loss))):
+        for got, exact in zip(mx.grad(function, argnums=(0, 1, 2))(q, f, v), want, strict=True):
+            assert mx.allclose(got, exact, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32], ids=str)
 def test_the_public_models_shape(dtype):
     shape = (2, 1100, 4, 128)
@@ -49,6 +67,9 @@ def test_the_public_models_shape(dtype):
         mx.vjp(functools.partial(form, scale=0.1), arguments, cotangents)
         for form in (chunked_kernels, chunked)
     )
-    for a, b in zip(got[0] + got[1], want[0] + want[1], strict=True):
+    names = ("output", "state", "q", "f", "v", "lower bound", "initial state")
+    for name, a, b in zip(names, got[0] + got[1], want[0] + want[1], strict=True):
         a, b = (np.array(x.astype(mx.float32), np.float64) for x in (a, b))
-        assert np.linalg.norm(a - b) / np.linalg.norm(b) < 1e-2
+        # The gradient of a lower bound sums differences that 16 bits have rounded.
+        tolerance = 5e-2 if name == "lower bound" and dtype != mx.float32 else 1e-2
+        assert np.linalg.norm(a - b) / np.linalg.norm(b) < tolerance, name

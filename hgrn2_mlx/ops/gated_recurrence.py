@@ -35,7 +35,8 @@ def gated_recurrence(
     run chunk by chunk, in kernels on a GPU; all give the same numbers up to
     rounding, for any length, gates from 0 to 1 and any split of a sequence into
     calls that hand on the state. Differentiable in ``q``, ``f``, ``v``,
-    ``lower_bound`` and ``state``.
+    ``lower_bound`` and ``state``. On a GPU, put an axis for ``mx.vmap`` into the
+    batch instead: MLX does not map kernels, and says so.
 
     Args:
         q: Query logits ``[B, T, H, K]`` (before ``query_act``), float32, bfloat16 or float16.
