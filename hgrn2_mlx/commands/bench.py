@@ -12,8 +12,8 @@ PICTURES = (".pdf", ".png", ".svg")
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Measure prefill, decoding, a LoRA step and memory at growing lengths and "
-        "batch sizes, beside mlx-lm's mamba2 and llama with random weights of the same width, depth and "
-        "type. Without --model, a small HGRN2 with random weights is measured.",
+        "batch sizes, beside mlx-lm's mamba2 and llama with random weights of the same width, "
+        "depth and type. Without --model, a small HGRN2 with random weights is measured.",
         **example("--model hgrn2-1.3b --prompt-tokens 512 4096 16384 --json bench.json"),
     )
     parser.add_argument("model_argument", nargs="?", metavar="MODEL", help="same as --model")
