@@ -14,11 +14,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
+from mlx.utils import tree_flatten
 from mlx_lm.models import llama, mamba2
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tuner.trainer import default_loss
 from mlx_lm.tuner.utils import linear_to_lora_layers
-from mlx_lm.utils import get_total_parameters, load_model
+from mlx_lm.utils import load_model
 from rich.table import Table
 
 from .convert.dialects import find_dialect
@@ -127,7 +128,7 @@ class Settings:
     generation_tokens: int = 16
     batch_sizes: Sequence[int] = (1, 4)
     train_tokens: Sequence[int] = (512, 1024)
-    trials: int = 2
+    trials: int = 3
 
     def __post_init__(self):
         sizes = (*self.prompt_tokens, *self.batch_sizes, *self.train_tokens)
@@ -190,7 +191,7 @@ class Results:
         bits = f", {self.quantization['bits']} bits" if self.quantization else ""
         first = next(iter(self.parameters))
         table = Table(
-            title=f"{self.size.layers} layers of width {self.size.hidden_size}, "
+            title=f"width {self.size.hidden_size}, depth {self.size.layers}, "
             f"{self.dtype}{bits}, on {self.machine['device']}",
             caption=f"fastest of {self.settings.trials} trials; in brackets, "
             f"how many times faster, or with how many times less memory, {first} is",
@@ -224,6 +225,7 @@ class Subject:
         name: For the report.
         build: Makes it.
         size: Its size.
+        parameters: How many it has, before quantization.
         dtype: The type that it computes in.
         quantization: ``bits``, ``group_size`` and ``mode``; ``None`` for none.
     """
@@ -231,6 +233,7 @@ class Subject:
     name: str
     build: Callable[[], nn.Module]
     size: Size
+    parameters: int
     dtype: mx.Dtype
     quantization: dict[str, Any] | None = None
 
@@ -239,7 +242,13 @@ def random_subject(size: Size, dtype: mx.Dtype | None = None) -> Subject:
     """HGRN2 with random weights, on a CPU in float32, which it multiplies fastest."""
     if dtype is None:
         dtype = mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16
-    return Subject("hgrn2", lambda: build_hgrn2(size), size, dtype)
+    parameters = count_parameters(build_hgrn2(size))
+    return Subject("hgrn2", lambda: build_hgrn2(size), size, parameters, dtype)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Of a model that is not quantized."""
+    return sum(array.size for _, array in tree_flatten(model.parameters()))
 
 
 def read_subject(path: Path, dtype: mx.Dtype | None = None) -> Subject:
@@ -270,6 +279,7 @@ def read_subject(path: Path, dtype: mx.Dtype | None = None) -> Subject:
         name=info.model_type,
         build=build,
         size=Size(args.hidden_size, args.num_hidden_layers, args.vocab_size),
+        parameters=info.parameters,
         dtype=dtype or getattr(mx, info.dtype),
         quantization=quantization,
     )
@@ -293,15 +303,18 @@ def bench(
         ValueError: If a peer cannot have this size.
     """
     measured: dict[str, dict[tuple[str, int, int], float]] = {}
-    parameters = {}
+    parameters = {subject.name: subject.parameters}
     for name in (subject.name, *peers):
         mx.random.seed(0)
-        model = subject.build() if not measured else BUILDERS[name](subject.size)
+        if name == subject.name:
+            model = subject.build()
+        else:
+            model = BUILDERS[name](subject.size)
+            parameters[name] = count_parameters(model)
         model.set_dtype(subject.dtype)
-        if subject.quantization and measured:
+        if subject.quantization and name != subject.name:
             quantize(model, subject.quantization)
         mx.eval(model.parameters())
-        parameters[name] = get_total_parameters(model)
         measured[name] = {}
         for case in measure(model, settings, lambda what, name=name: progress(f"{name}: {what}")):
             measured[name].update(case)

@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
         "-g", "--generation-tokens", type=int, default=16, help="tokens to decode (default: 16)"
     )
     parser.add_argument(
-        "-n", "--num-trials", type=int, default=2, help="the fastest counts (default: 2)"
+        "-n", "--num-trials", type=int, default=3, help="the fastest counts (default: 3)"
     )
     parser.add_argument("--json", metavar="FILE", help="write the figures to this file")
     parser.add_argument("--plot", metavar="FILE", help="draw them: .png, .svg or .pdf")
