@@ -9,6 +9,7 @@ import functools
 import importlib
 import importlib.metadata
 import platform
+import random
 import shutil
 import sys
 import tempfile
@@ -229,18 +230,24 @@ def check_backend(report: Report) -> None:
 
 
 def check_compiler(report: Report) -> None:
-    """MLX can compile what it fuses, which on a CPU it does with the system's compiler."""
+    """MLX can compile what it fuses, which on a Linux CPU it does with the system's g++."""
     import mlx.core as mx
 
+    install = "apt install g++, dnf install gcc-c++, or the like"
+    if report.backend == "CPU" and sys.platform == "linux" and not shutil.which("g++"):
+        what = "there is no g++, so MLX runs one by one the operations that it would fuse"
+        report.advice.append(Finding(what, install))
+        return
     try:
-        # The constant makes a source that MLX has not compiled before.
-        fused = mx.compile(lambda x: mx.exp(x) * time.time())
+        # A number of its own makes a source that MLX has not kept from before.
+        number = random.random()
+        fused = mx.compile(lambda x: mx.exp(x) * number)
         mx.eval(fused(mx.ones(8)))
     except RuntimeError as error:
         what = f"MLX cannot compile operations: {error}"
         remedy = REPORT_IT
         if report.backend == "CPU":
-            remedy = "install a C++ compiler: apt install g++, dnf install gcc-c++, or the like"
+            remedy = "see whether g++ compiles any program, or install it anew: " + install
         report.problems.append(Finding(what, remedy))
 
 
@@ -282,7 +289,7 @@ class Form:
         run: The form, differentiable.
         judge: Another form of the same, to compare with.
         judge_name: How that one is called.
-        arguments: Makes ``run``'s arguments from a batch, tokens, heads, and type.
+        arguments: Makes ``run``'s arguments, given tokens, heads and a type.
         tokens: How many to compare over.
         fits: Whether the inputs fit; ``None`` if any do, as no kernel is needed.
         accepted: Whether models use the form for the inputs, after their own check.

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from typing import Any
 
+from .system_blas import is_in_process
+
 PACKAGES = ("hgrn2-mlx", "mlx", "mlx-lm", "transformers", "numpy")
 
 
@@ -22,6 +24,8 @@ def describe_machine() -> dict[str, Any]:
     }
     if sys.platform == "darwin":
         described["Metal"] = _metal_version()
+    if sys.platform == "linux":
+        described["BLAS"] = "another than MLX's" if is_in_process() else "MLX's own"
     return described | {name: installed_version(name) for name in PACKAGES}
 
 

@@ -200,15 +200,23 @@ def test_versions_that_are_too_old_or_not_there_are_named(monkeypatch):
     ]
 
 
-def test_a_compiler_that_is_missing_is_named(monkeypatch):
-    def fail(function):
-        raise RuntimeError("[Compile::eval_cpu] g++: not found")
-
-    monkeypatch.setattr(mx, "compile", fail)
-    report = doctor.Report(backend="CPU")
-    doctor.check_compiler(report)
-    assert "g++: not found" in report.problems[0].what
-    assert "apt install g++" in report.problems[0].remedy
+@pytest.mark.skipif(sys.platform != "linux" or ON_GPU, reason="Linux on a CPU only")
+@pytest.mark.parametrize("compiler", ["missing", "broken"])
+def test_without_a_compiler_it_says_what_to_install(tmp_path, compiler):
+    if compiler == "broken":  # It tells its version, as MLX asks, and compiles nothing.
+        (tmp_path / "g++").write_text('#!/bin/sh\n[ "$1" = --version ]\n')
+        (tmp_path / "g++").chmod(0o755)
+    script = """
+from hgrn2_mlx import doctor
+report = doctor.Report(backend="CPU")
+doctor.check_compiler(report)
+for kind, findings in (("problem", report.problems), ("advice", report.advice)):
+    for finding in findings:
+        print(kind, finding.what, finding.remedy)
+"""
+    printed = " ".join(python_prints(script, PATH=str(tmp_path)))
+    expected = {"missing": "advice there is no g++", "broken": "problem MLX cannot compile"}
+    assert printed.startswith(expected[compiler]) and "apt install g++" in printed
 
 
 # The system's BLAS

@@ -1,6 +1,7 @@
 """``hgrn2 bench``: speed and memory, beside other models of the same size."""
 
 import argparse
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -21,9 +22,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--model", metavar="PATH", help="a converted folder, or a config.json for random weights"
     )
     size = parser.add_argument_group("size of the model with random weights")
-    size.add_argument("--hidden-size", type=int, default=256, help="width (default: 256)")
-    size.add_argument("--layers", type=int, default=2, help="depth (default: 2)")
-    size.add_argument("--vocab-size", type=int, default=2048, help="tokens (default: 2048)")
+    size.add_argument(
+        "--hidden-size", type=int, default=256, metavar="N", help="width (default: 256)"
+    )
+    size.add_argument("--layers", type=int, default=2, metavar="N", help="depth (default: 2)")
+    size.add_argument(
+        "--vocab-size", type=int, default=2048, metavar="N", help="tokens (default: 2048)"
+    )
     parser.add_argument(
         "--dtype",
         choices=("float16", "bfloat16", "float32"),
@@ -49,10 +54,20 @@ def build_parser() -> argparse.ArgumentParser:
             help=f"{text} (default: {default})",
         )  # fmt: skip
     parser.add_argument(
-        "-g", "--generation-tokens", type=int, default=16, help="tokens to decode (default: 16)"
+        "-g",
+        "--generation-tokens",
+        type=int,
+        default=16,
+        metavar="N",
+        help="tokens to decode (default: 16)",
     )
     parser.add_argument(
-        "-n", "--num-trials", type=int, default=3, help="the fastest counts (default: 3)"
+        "-n",
+        "--num-trials",
+        type=int,
+        default=3,
+        metavar="N",
+        help="the fastest counts (default: 3)",
     )
     parser.add_argument("--json", metavar="FILE", help="write the figures to this file")
     parser.add_argument("--plot", metavar="FILE", help="draw them: .png, .svg or .pdf")
@@ -69,6 +84,7 @@ def run(options: argparse.Namespace) -> None:
     import rich
     from rich.console import Console
 
+    from .. import system_blas
     from ..bench import Settings, Size, bench, draw, random_subject, read_subject
     from ..convert.staging import staged_file
 
@@ -87,6 +103,10 @@ def run(options: argparse.Namespace) -> None:
     else:
         subject = read_subject(Path(path), dtype)
 
+    on_cpu = mx.default_device() == mx.cpu
+    if sys.platform == "linux" and on_cpu and not system_blas.is_in_process():
+        note = "note: MLX multiplies with its own, slow BLAS; hgrn2 doctor says what to do"
+        print(note, file=sys.stderr)
     with ExitStack() as files:
         # Made before the work, in case that they cannot be.
         figures, picture = (
