@@ -303,14 +303,15 @@ def bench(
         ValueError: If a peer cannot have this size.
     """
     measured: dict[str, dict[tuple[str, int, int], float]] = {}
-    parameters = {subject.name: subject.parameters}
+    # Nothing is computed yet, but a peer that cannot be is refused before the work.
+    parameters = {name: count_parameters(BUILDERS[name](subject.size)) for name in peers}
+    parameters = {subject.name: subject.parameters, **parameters}
     for name in (subject.name, *peers):
         mx.random.seed(0)
         if name == subject.name:
             model = subject.build()
         else:
             model = BUILDERS[name](subject.size)
-            parameters[name] = count_parameters(model)
         model.set_dtype(subject.dtype)
         if subject.quantization and name != subject.name:
             quantize(model, subject.quantization)

@@ -25,7 +25,7 @@ def describe_machine() -> dict[str, Any]:
     if sys.platform == "darwin":
         described["Metal"] = _metal_version()
     if sys.platform == "linux":
-        described["BLAS"] = "another than MLX's" if is_in_process() else "MLX's own"
+        described["BLAS"] = "a system library in front of MLX's" if is_in_process() else "MLX's own"
     return described | {name: installed_version(name) for name in PACKAGES}
 
 
