@@ -21,6 +21,7 @@ pass of one layer, which for two layers is not much less.
 """
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -34,14 +35,13 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx_lm.models import mamba2, qwen3_next
+from mlx_lm.models import qwen3_next
 from mlx_lm.tuner.trainer import default_loss, grad_checkpoint
-from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import get_total_parameters
 from rich.console import Console
 from rich.table import Table
 
-from hgrn2_mlx.models import hgrn2
+from hgrn2_mlx.bench import Size, add_lora, build_hgrn2, build_mamba2
 
 RESULTS = Path(__file__).parent / "results" / "long_sequences.json"
 LENGTHS = (512, 1024, 2048, 4096, 8192)
@@ -51,41 +51,7 @@ LAYERS = 2
 VOCABULARY = 512
 HEAD_DIM = 128
 HEADS = HIDDEN_SIZE // HEAD_DIM
-
-
-def build_hgrn2() -> nn.Module:
-    return hgrn2.Model(
-        hgrn2.ModelArgs(
-            vocab_size=VOCABULARY,
-            hidden_size=HIDDEN_SIZE,
-            num_hidden_layers=LAYERS,
-            expand_ratio=HEAD_DIM,
-        )
-    )
-
-
-def build_mamba2() -> nn.Module:
-    """Inner width twice the hidden size in heads of 64 and a state of 128, as published."""
-    return mamba2.Model(
-        mamba2.ModelArgs(
-            model_type="mamba2",
-            num_heads=2 * HIDDEN_SIZE // 64,
-            head_dim=64,
-            vocab_size=VOCABULARY,
-            hidden_size=HIDDEN_SIZE,
-            intermediate_size=2 * HIDDEN_SIZE,
-            state_size=128,
-            num_hidden_layers=LAYERS,
-            layer_norm_epsilon=1e-5,
-            conv_kernel=4,
-            n_groups=1,
-            use_bias=False,
-            use_conv_bias=True,
-            tie_word_embeddings=False,
-            time_step_limit=(0.0, float("inf")),
-            time_step_rank="auto",
-        )
-    )
+SIZE = Size(HIDDEN_SIZE, LAYERS, VOCABULARY)
 
 
 def build_gated_delta() -> nn.Module:
@@ -122,7 +88,11 @@ def build_gated_delta() -> nn.Module:
     return model
 
 
-MODELS = {"hgrn2": build_hgrn2, "mamba2": build_mamba2, "gated delta": build_gated_delta}
+MODELS = {
+    "hgrn2": functools.partial(build_hgrn2, SIZE),
+    "mamba2": functools.partial(build_mamba2, SIZE),
+    "gated delta": build_gated_delta,
+}
 
 
 def measure(name: str, length: int, checkpointed: bool, memory_limit: float) -> dict:
@@ -144,9 +114,7 @@ def measure(name: str, length: int, checkpointed: bool, memory_limit: float) -> 
     mx.random.seed(0)
     model = MODELS[name]()
     parameters = get_total_parameters(model)
-    model.freeze()
-    linear_to_lora_layers(model, LAYERS, {"rank": 8, "scale": 20.0, "dropout": 0.0})
-    model.train()
+    add_lora(model)
     if checkpointed:
         grad_checkpoint(model.layers[0])
     optimizer = optim.Adam(learning_rate=1e-4)

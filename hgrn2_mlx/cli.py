@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
+from .system_blas import use_system_blas
+
 # Each is a module of ``commands``, imported only to run.
 COMMANDS = {
     "convert": "convert a PyTorch checkpoint to an MLX folder, or back",
@@ -21,6 +23,8 @@ COMMANDS = {
     "train": "train a model from scratch",
     "eval": "measure perplexity on a text, or scores on the tasks of lm-eval",
     "quantize": "quantize a converted model, or undo it",
+    "doctor": "check this machine: what will run, whether it is right, and what to do if not",
+    "bench": "measure prefill, decoding, training and memory, beside other models",
     "info": "show a model's parameters and the memory that its state takes",
     "demo": "convert, run, measure and fine-tune the checkpoint that the package carries",
 }
@@ -46,6 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         _complete(os.environ["COMP_LINE"])
     arguments = sys.argv[1:] if arguments is None else arguments
     name = _parser().parse_args(arguments[:1]).command
+    use_system_blas()
     options = _command_parser(name).parse_args(arguments[1:])
     try:
         with _interrupts_raised():

@@ -259,3 +259,9 @@ def test_kernels_that_give_wrong_numbers_are_left_aside_with_a_warning(monkeypat
         mx.eval(got)
     expected = definition(arguments, cotangents, 32**-0.5)
     assert_right(got[0] + got[1], expected[0] + expected[1], 5e-6)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_the_check_before_the_first_use_accepts_every_type(dtype):
+    with executing():
+        assert form._kernels_are_right(dtype)

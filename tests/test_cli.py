@@ -46,7 +46,10 @@ def run_python(*arguments, **options):
         "from hgrn2_mlx.cli import main; main(['--help'])",
         *(
             f"from hgrn2_mlx.cli import main; main(['{name}', '--help'])"
-            for name in ("convert", "fuse", "train", "eval", "quantize", "info", "demo")
+            for name in (
+                *("convert", "fuse", "train", "eval", "quantize"),
+                *("doctor", "bench", "info", "demo"),
+            )
         ),
     ],
 )

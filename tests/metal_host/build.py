@@ -61,7 +61,7 @@ MODE_FLAGS = {
 CLANG_ONLY = {Mode.SPACES, Mode.TRAFFIC}
 
 
-class CompileError(Exception):
+class CompileError(RuntimeError):
     """A Metal compiler would refuse the source, or this one knows less than it does."""
 
 

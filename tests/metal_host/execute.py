@@ -34,7 +34,7 @@ Order = str | int  # forward, reverse or the seed of a random order
 real_metal_kernel = mx.fast.metal_kernel
 
 
-class RunError(Exception):
+class RunError(RuntimeError):
     """The run stopped: the message is the scheduler's or the sanitizer's."""
 
 
