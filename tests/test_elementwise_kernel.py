@@ -207,7 +207,9 @@ def test_the_same_bits_in_every_run():
 
 @pytest.mark.parametrize("mode", [Mode.ADDRESS, Mode.THREAD, Mode.SPACES], ids=str)
 @pytest.mark.skipif(ON_GPU, reason="sanitizers watch the source on the host")
-def test_under_sanitizers(mode):
+def test_under_sanitizers(monkeypatch, mode):
+    if mode is Mode.THREAD:  # it tells so many threads apart
+        monkeypatch.setattr(kernels.elementwise_scan, "SIMDGROUPS", 4)
     shape = (2, 139, 33)
     inputs = make_inputs(shape, mx.bfloat16)
     cotangents = make_cotangents(shape, mx.bfloat16)
