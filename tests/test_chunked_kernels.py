@@ -5,6 +5,7 @@ Apple GPU and runs it on the CPU.
 """
 
 import contextlib
+import dataclasses
 import functools
 
 import metal_host
@@ -220,6 +221,13 @@ def test_gradients_are_the_same_bits_every_time():
 @pytest.mark.parametrize("mode", [Mode.ADDRESS, Mode.THREAD, Mode.SPACES], ids=str)
 def test_under_sanitizers(mode):
     check((2, 19, 1, 32, 16), mx.bfloat16, mode=mode, order="reverse")
+
+
+@pytest.mark.skipif(ON_GPU, reason="Apple GPUs have memory for two chunks at once")
+def test_scans_with_memory_for_one_chunk(monkeypatch):
+    small = dataclasses.replace(kernels.tiling.METAL, buffers=1)
+    monkeypatch.setattr(kernels.tiling, "METAL", small)
+    check((1, 19, 1, 32, 16), mode=Mode.THREAD, order="reverse")
 
 
 @pytest.mark.parametrize(
