@@ -30,7 +30,8 @@ from pathlib import Path
 from metal_host.build import CACHE
 
 ROOT = Path(__file__).parent.parent
-TIMEOUT_SECONDS = 400
+# Of one run of a kernel, whose mutant may write over what would end it, and of all tests.
+KERNEL_SECONDS, TESTS_SECONDS = 30, 900
 
 # The tests of a module of hgrn2_mlx/kernels; of one that is not here, all of them.
 TESTS = {
@@ -228,15 +229,21 @@ def failing_test(folder: Path, cache: Path, tests: list[str]) -> str | None:
     # -P: not the package in the current folder, but the copy.
     command = [sys.executable, "-P", "-m", "pytest", "-x", "-q", "--tb=no", "-rfE", *tests]
     command += ["-k", LEFT_OUT, "-p", "no:cacheprovider"]
-    environment = {**os.environ, "PYTHONPATH": str(folder), "XDG_CACHE_HOME": str(cache)}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(folder),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "XDG_CACHE_HOME": str(cache),
+        "METAL_HOST_TIMEOUT": str(KERNEL_SECONDS),
+    }
     try:
         result = subprocess.run(
             command,
             cwd=ROOT,
-            env={**environment, "PYTHONDONTWRITEBYTECODE": "1"},
+            env=environment,
             capture_output=True,
             text=True,
-            timeout=TIMEOUT_SECONDS,
+            timeout=TESTS_SECONDS,
         )
     except subprocess.TimeoutExpired:
         return "no test ended"

@@ -22,7 +22,7 @@ from .trace import TracedKernel, trace
 # would forget who wrote what and report nothing.
 MAX_THREADS_TOLD_APART = 254
 FLOPS_OF_A_MATRIX_PRODUCT = 2 * 8 * 8 * 8
-TIMEOUT_SECONDS = 600
+TIMEOUT_SECONDS = float(os.environ.get("METAL_HOST_TIMEOUT", 600))
 ORDERS = {"forward": -1, "reverse": -2}
 
 # Reports belong to the run that caused them; fibers would look like leaks, and there are no
