@@ -5,7 +5,9 @@ Apple GPU and runs it on the CPU.
 """
 
 import contextlib
+import dataclasses
 import functools
+import os
 
 import metal_host
 import mlx.core as mx
@@ -36,8 +38,11 @@ NAMES = ("output", "state", "q", "f", "v", "lower bound", "initial state")
 
 
 @pytest.fixture(autouse=True)
-def fresh_kernels():
+def fresh_kernels(monkeypatch):
     """What was traced or judged outside the host executor does not count inside, nor after."""
+    if os.environ.get("METAL_HOST_MODE") == Mode.THREAD.value:  # it sees so many threads
+        narrow = dataclasses.replace(kernels.tiling.METAL, group=4)
+        monkeypatch.setattr(kernels.tiling, "METAL", narrow)
     caches = [form._kernels_are_right]
     for module in (kernels.chunk, kernels.state_scan):
         caches += [x for x in vars(module).values() if hasattr(x, "cache_clear")]
@@ -170,10 +175,29 @@ def test_gates_that_are_all_closed_or_all_open():
         assert_right(got[0] + got[1], expected[0] + expected[1], 5e-6)
 
 
-@pytest.mark.parametrize("length", [256, 300, 385])
-def test_a_long_sequence_is_cut_into_parts(monkeypatch, length):
+def test_gates_that_underflow_without_a_lower_bound():
+    """The gradient of the bound, which divides by them, is finite, the others are exact."""
+    arguments, cotangents = make_inputs(SHAPES["a chunk and a token"])
+    arguments[1] = mx.where(arguments[1] < 1, -200.0, arguments[1])
+    arguments[3] = mx.zeros_like(arguments[3])
+    function = functools.partial(form.chunked_kernels, scale=0.2)
+    with executing():
+        results, gradients = mx.vjp(function, arguments, cotangents)
+        mx.eval(results, gradients)
+    expected = definition(arguments, cotangents, 0.2)
+    of_bound = NAMES.index("lower bound")
+    got, exact = results + gradients, expected[0] + expected[1]
+    assert np.isfinite(as_float64(got[of_bound])).all()
+    exact[of_bound] = as_float64(got[of_bound])
+    assert_right(got, exact, 5e-6)
+
+
+@pytest.mark.parametrize(
+    ("length", "mode"), [(256, None), (300, None), (385, None), (256, Mode.THREAD)], ids=str
+)
+def test_a_long_sequence_is_cut_into_parts(monkeypatch, length, mode):
     monkeypatch.setattr(kernels.tiling, "PART_TOKENS", 128)
-    runs = check((2, length, 1, 32, 16))
+    runs = check((2, length, 1, 32, 16), mode=mode)
     if not ON_GPU:
         names = [run.kernel.name for run in runs]
         assert sum("join_parts" in name for name in names) == 3  # forward, and twice backward
@@ -220,6 +244,13 @@ def test_gradients_are_the_same_bits_every_time():
 @pytest.mark.parametrize("mode", [Mode.ADDRESS, Mode.THREAD, Mode.SPACES], ids=str)
 def test_under_sanitizers(mode):
     check((2, 19, 1, 32, 16), mx.bfloat16, mode=mode, order="reverse")
+
+
+@pytest.mark.skipif(ON_GPU, reason="Apple GPUs have memory for two chunks at once")
+def test_scans_with_memory_for_one_chunk(monkeypatch):
+    small = dataclasses.replace(kernels.tiling.METAL, buffers=1)
+    monkeypatch.setattr(kernels.tiling, "METAL", small)
+    check((1, 19, 1, 32, 16), mode=Mode.THREAD, order="reverse")
 
 
 @pytest.mark.parametrize(

@@ -346,6 +346,13 @@ def test_two_threadgroups_that_write_one_place_are_a_race():
         run(source, floats(64), groups=2, mode=Mode.THREAD)
 
 
+@pytest.mark.parametrize("threads", [254, 255])
+def test_races_are_seen_in_as_many_threads_as_are_told_apart(threads):
+    source = f"for (int i = 0; i < 3; ++i) {{ {BARRIER} o[i] = a[i]; }}"
+    with pytest.raises(RunError if threads < 255 else metal_host.Unavailable, match="race|blind"):
+        run(source, floats(64), threads=threads, mode=Mode.THREAD)
+
+
 def test_barriers_prevent_races():
     x = floats(2, 128)
     source = REDUCTION.replace("BARRIER", BARRIER)

@@ -11,7 +11,8 @@ or one kernel at a time::
 
 How strictly, and in which order threads run, is an argument of both, or the environment's
 ``METAL_HOST_MODE`` (a value of :class:`Mode`) and ``METAL_HOST_ORDER`` (``forward``,
-``reverse`` or the seed of a random order).
+``reverse`` or the seed of a random order). ``METAL_HOST_TIMEOUT`` is how many seconds one
+kernel may run.
 """
 
 from .build import CompileError, Mode, Unavailable

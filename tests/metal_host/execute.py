@@ -15,17 +15,21 @@ from unittest import mock
 import mlx.core as mx
 import numpy as np
 
-from .build import Mode, build
+from .build import Mode, Unavailable, build
 from .trace import TracedKernel, trace
 
+# ThreadSanitizer has 256 slots for threads, two of them the scheduler's; were there more, it
+# would forget who wrote what and report nothing.
+MAX_THREADS_TOLD_APART = 254
 FLOPS_OF_A_MATRIX_PRODUCT = 2 * 8 * 8 * 8
-TIMEOUT_SECONDS = 600
+TIMEOUT_SECONDS = float(os.environ.get("METAL_HOST_TIMEOUT", 600))
 ORDERS = {"forward": -1, "reverse": -2}
 
-# Reports belong to the run that caused them; fibers would look like leaks.
+# Reports belong to the run that caused them; fibers would look like leaks, and there are no
+# threads whose end ThreadSanitizer could wait for.
 SANITIZER_OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=0",
-    "TSAN_OPTIONS": "halt_on_error=1",
+    "TSAN_OPTIONS": "halt_on_error=1:atexit_sleep_ms=0",
     "UBSAN_OPTIONS": "print_stacktrace=1",
 }
 
@@ -141,6 +145,11 @@ def run(
 
     Outputs are NaN (all bits set) until the kernel writes them, unless
     ``init_value`` says otherwise.
+
+    Raises:
+        CompileError: A Metal compiler would refuse the source.
+        RunError: The kernel did what Metal leaves undefined, or a sanitizer found something.
+        Unavailable: The mode needs what this machine lacks, or cannot see so many threads.
     """
     mode = Mode(os.environ.get("METAL_HOST_MODE", "plain")) if mode is None else mode
     order = os.environ.get("METAL_HOST_ORDER", "forward") if order is None else order
@@ -153,12 +162,14 @@ def run(
         "output_shapes": output_shapes,
         "output_dtypes": output_dtypes,
     }
+    clipped = [min(sizes) for sizes in zip(grid, threadgroup, strict=True)]  # as MLX does
+    if mode is Mode.THREAD and math.prod(clipped) > MAX_THREADS_TOLD_APART:
+        raise Unavailable(f"ThreadSanitizer is blind in a threadgroup of {math.prod(clipped)}")
     traced = kernel.trace(inputs, **call)
     program = build(traced, mode)
 
     outputs = list(zip(output_shapes, output_dtypes, strict=True))
     contents = buffer_contents(kernel.definition["input_names"], inputs)
-    clipped = [min(sizes) for sizes in zip(grid, threadgroup, strict=True)]  # as MLX does
     job = [integers(*grid, *clipped, ORDERS.get(order) or int(order), len(traced.buffers))]
     pending = iter(outputs)
     for buffer in traced.buffers:
