@@ -20,7 +20,7 @@ SUBSTITUTES = {
     "--iters 200": "--iters 2 --batch-size 1 --val-batches 1 --max-seq-length 64",
 }
 # Those need a network, or do not end; tests/test_serving.py has the server and its client.
-NOT_RUN = ("pip install", "hgrn2 serve", "hgrn2 demo", "import openai")
+NOT_RUN = ("pip install", "hgrn2 serve", "hgrn2 demo", "hgrn2 bench", "import openai")
 
 pytestmark = pytest.mark.slow
 
