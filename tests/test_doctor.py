@@ -195,7 +195,7 @@ def test_versions_that_are_too_old_or_not_there_are_named(monkeypatch):
     report = doctor.Report()
     doctor.check_versions(report)
     assert [problem.what for problem in report.problems] == [
-        "hgrn2-mlx needs mlx-lm>=0.32, and 0.1 is installed",
+        "hgrn2-mlx needs mlx-lm>=0.32.1, and 0.1 is installed",
         "hgrn2-mlx needs sentencepiece, and it is not installed",
     ]
 
