@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from .registration import register
 
 if TYPE_CHECKING:
-    from .ops import gated_recurrence
+    from .ops.gated_recurrence import gated_recurrence
 
 __all__ = ["gated_recurrence"]
 
