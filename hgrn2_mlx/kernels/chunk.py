@@ -5,7 +5,7 @@ import functools
 import mlx.core as mx
 
 from .sources import make_kernel
-from .tiling import Shape, bits
+from .tiling import Shape, bits, largest_divisor
 
 CHUNKS_PER_GROUP = 4  # that are prepared in one threadgroup, by a simdgroup each
 CHANNELS = 32  # per simdgroup of the gradients: one to a lane
@@ -74,7 +74,7 @@ def gradients(
             keys give, and segment products, as ``metal/chunk_gradients.h`` has them.
     """
     slices = -(-shape.keys // CHANNELS)
-    simdgroups = max(n for n in range(1, SLICES_PER_GROUP + 1) if slices % n == 0)
+    simdgroups = largest_divisor(slices, SLICES_PER_GROUP)
     q_gradient, f_gradient, bound_gradients = _gradients_kernel()(
         inputs=[q, f, lower_bound, *from_scans],
         template=[

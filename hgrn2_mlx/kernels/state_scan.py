@@ -5,7 +5,7 @@ import functools
 import mlx.core as mx
 
 from .sources import make_kernel
-from .tiling import Shape, tiling
+from .tiling import Shape, largest_divisor, tiling
 
 WORD = 16  # bytes
 ARGUMENTS = (
@@ -62,7 +62,7 @@ def scan(
 
     rows, columns = (keys, values) if of_keys else (values, keys)
     groups = rows // tiling().rows
-    group = max(n for n in range(1, tiling().group + 1) if groups % n == 0)
+    group = largest_divisor(groups, tiling().group)
     inputs = {"left": left, "written_by": written_by, "decay": decay, **others}
     kernel = _kernel(role, tuple(inputs), tuple(outputs))
     return kernel(

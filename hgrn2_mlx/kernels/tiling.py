@@ -88,6 +88,11 @@ class Shape:
         return (self.batch, self.heads, *dims)
 
 
+def largest_divisor(number: int, most: int) -> int:
+    """The largest divisor of ``number`` that is at most ``most``."""
+    return max(n for n in range(1, most + 1) if number % n == 0)
+
+
 def bits(scale: float) -> int:
     """A positive number as a template argument; ``float_of_bits`` undoes it.
 
