@@ -2,10 +2,50 @@
 //
 //   S_t = Diag(f_t) S_{t-1} + k_t (x) v_t,    o_t = scale silu(q_t) S_t
 //
-// A simdgroup holds ROWS rows of the state [V, K]; a lane holds every 32nd column of each,
-// so that neighbouring lanes read and write neighbours, and q_t S_t is one simd_sum per
-// row. The state crosses device memory once in each direction whatever the number of
-// tokens.
+// A simdgroup holds ROWS rows of the state [V, K], a lane the same few columns of each,
+// and q_t S_t is a sum over lanes for each row. The state crosses device memory once in each
+// direction whatever the number of tokens, and that is all the time there is to lose: it
+// does so in pieces of up to 16 bytes, of neighbours for neighbouring lanes.
+
+// Numbers that cross memory together.
+template <typename T, int WIDTH>
+struct alignas(WIDTH * sizeof(T)) Piece {
+  T at[WIDTH];
+};
+
+// The lane's columns of a row of K, in float32. Piece i of lane l is the (32 i + l)-th.
+template <int K>
+struct Columns {
+  static constant constexpr int WIDTH = K % 128 == 0 ? 4 : K % 64 == 0 ? 2 : 1;
+  static constant constexpr int PIECES = K / 32 / WIDTH;
+  float at[PIECES * WIDTH];
+
+  template <typename T>
+  inline void load(const device T* row, uint lane) {
+    const device Piece<T, WIDTH>* pieces = reinterpret_cast<const device Piece<T, WIDTH>*>(row);
+#pragma unroll
+    for (int i = 0; i < PIECES; ++i) {
+      const Piece<T, WIDTH> piece = pieces[32 * i + lane];
+#pragma unroll
+      for (int j = 0; j < WIDTH; ++j) {
+        at[i * WIDTH + j] = float(piece.at[j]);
+      }
+    }
+  }
+
+  inline void store(device float* row, uint lane) const {
+    device Piece<float, WIDTH>* pieces = reinterpret_cast<device Piece<float, WIDTH>*>(row);
+#pragma unroll
+    for (int i = 0; i < PIECES; ++i) {
+      Piece<float, WIDTH> piece;
+#pragma unroll
+      for (int j = 0; j < WIDTH; ++j) {
+        piece.at[j] = at[i * WIDTH + j];
+      }
+      pieces[32 * i + lane] = piece;
+    }
+  }
+};
 
 template <typename T, int K, int V, int H, int TOKENS, int ROWS>
 inline void decode(
@@ -21,45 +61,58 @@ inline void decode(
     uint row_group, // which ROWS rows of V
     uint batch_head) // batch * H + head
 {
-  constexpr int COLUMNS = K / 32;
   const uint head = batch_head % H;
   const uint row = row_group * ROWS;
-  const uint state_offset = (batch_head * V + row) * K + lane;
+  const uint first_row = batch_head * V + row; // of all heads' states
 
-  float state[ROWS][COLUMNS];
+  // All is read before anything is written: what reads after a write waits for it, as the
+  // two might be one place.
+  Columns<K> state[ROWS];
+#pragma unroll
   for (int r = 0; r < ROWS; ++r) {
-    for (int c = 0; c < COLUMNS; ++c) {
-      state[r][c] = state_in[state_offset + r * K + 32 * c];
-    }
+    state[r].load(state_in + (first_row + r) * K, lane);
   }
+  Columns<K> bound;
+  bound.load(lower_bound + head * K, lane);
 
+  float outputs[TOKENS][ROWS]; // the lane's share of the sums
+#pragma unroll
   for (int t = 0; t < TOKENS; ++t) {
     const uint token_head = (batch_head / H * TOKENS + t) * H + head;
-    float query[COLUMNS];
-    Gates gate[COLUMNS];
-    for (int c = 0; c < COLUMNS; ++c) {
-      const uint column = lane + 32 * c;
-      const uint at = token_head * K + column;
-      query[c] = scale * silu(float(q[at]));
-      gate[c] = gates(float(f[at]), lower_bound[head * K + column]);
+    const Piece<T, ROWS> values =
+        *reinterpret_cast<const device Piece<T, ROWS>*>(v + token_head * V + row);
+    Columns<K> query, forget, key;
+    query.load(q + token_head * K, lane);
+    forget.load(f + token_head * K, lane);
+#pragma unroll
+    for (int c = 0; c < K / 32; ++c) {
+      const Gates gate = gates(forget.at[c], bound.at[c]);
+      query.at[c] = scale * silu(query.at[c]);
+      forget.at[c] = gate.forget;
+      key.at[c] = gate.key;
     }
+#pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-      const float value = float(v[token_head * V + row + r]);
-      float partial = 0.0f;
-      for (int c = 0; c < COLUMNS; ++c) {
-        state[r][c] = state[r][c] * gate[c].forget + gate[c].key * value;
-        partial += state[r][c] * query[c];
-      }
-      const float output = simd_sum(partial);
-      if (lane == 0) {
-        out[token_head * V + row + r] = T(output);
+      const float value = float(values.at[r]);
+      outputs[t][r] = 0.0f;
+#pragma unroll
+      for (int c = 0; c < K / 32; ++c) {
+        state[r].at[c] = state[r].at[c] * forget.at[c] + key.at[c] * value;
+        outputs[t][r] += state[r].at[c] * query.at[c];
       }
     }
   }
 
+#pragma unroll
   for (int r = 0; r < ROWS; ++r) {
-    for (int c = 0; c < COLUMNS; ++c) {
-      state_out[state_offset + r * K + 32 * c] = state[r][c];
+    state[r].store(state_out + (first_row + r) * K, lane);
+  }
+#pragma unroll
+  for (int t = 0; t < TOKENS; ++t) {
+    const uint token_head = (batch_head / H * TOKENS + t) * H + head;
+    const float output = simd_sums<ROWS>(outputs[t], lane);
+    if (lane < ROWS) {
+      out[token_head * V + row + lane] = T(output);
     }
   }
 }

@@ -71,7 +71,7 @@ def decode(
 def _kernel():
     return make_kernel(
         name="hgrn2_decode",
-        files=["gates.h", "decode.h"],
+        files=["gates.h", "channels.h", "decode.h"],
         inputs=["q", "f", "v", "lower_bound", "state_in"],
         outputs=["out", "state_out"],
         call="""
