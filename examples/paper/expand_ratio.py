@@ -34,7 +34,9 @@ SETTINGS = {
     "small": Settings(
         Recipe(64, 3, 128, 64, 16, 200, 5e-3, validation_tokens=8192), [4, 16, 64], [0, 1]
     ),
-    "full": Settings(Recipe(256, 4, 512, 256, 32, 600, 3e-3, dropout=0.1), [8, 32, 128], [0, 1, 2]),
+    "full": Settings(
+        Recipe(256, 4, 512, 256, 32, 1200, 3e-3, dropout=0.1), [8, 32, 128], [0, 1, 2]
+    ),
 }
 
 

@@ -44,8 +44,8 @@ SETTINGS = {
         seeds=[0, 1, 2],
     ),
     "full": Settings(
-        characters=Recipe(384, 6, 1024, 256, 32, 1000, 2e-3, dropout=0.2),
-        byte_pairs=Recipe(384, 6, 1024, 256, 32, 400, 2e-3, dropout=0.2),
+        characters=Recipe(384, 6, 1024, 256, 32, 1200, 2e-3, dropout=0.2),
+        byte_pairs=Recipe(384, 6, 1024, 256, 32, 600, 2e-3, dropout=0.2),
         vocabulary=1024,
         expand_ratio=128,
         seeds=[0, 1, 2],

@@ -46,7 +46,7 @@ SETTINGS = {
         decode_tokens=32,
     ),
     "full": Settings(
-        Recipe(384, 6, 1024, 256, 32, 600, 2e-3, dropout=0.2),
+        Recipe(384, 6, 1024, 256, 32, 800, 2e-3, dropout=0.2),
         expand_ratio=128,
         seeds=[0, 1, 2],
         contexts=[256, 1024, 4096, 8192, 16384, 32768],
