@@ -89,6 +89,7 @@ def test_a_model_is_measured_beside_peers_of_its_size_and_type(tmp_path, kind):
     assert results["quantization"] == (quantization if kind == "quantized" else None)
     trained = {row["quantity"] for row in results["rows"] if "step" in row["quantity"]}
     assert ("training step" in trained) == (kind == "config")
+    assert ("training step" in results["notes"]) == (kind == "quantized")
     assert "LoRA step" in trained
     (state,) = {
         row["values"]["hgrn2"]
@@ -165,6 +166,13 @@ def test_all_weights_are_trained_where_four_times_their_size_fits(memory, fits, 
     assert fits_training(model) == fits
 
 
+def test_it_says_that_not_all_weights_are_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr("hgrn2_mlx.bench.model_timing.fits_training", lambda model: False)
+    results = bench(tmp_path, "--hidden-size", "64", "--layers", "1", "--peers")
+    assert "training step" not in {row["quantity"] for row in results["rows"]}
+    assert "AdamW's averages does not fit in memory" in results["notes"]["training step"]
+
+
 def test_training_can_be_left_out(tmp_path):
     results = bench(tmp_path, "--hidden-size", "64", "--layers", "1", "--train-tokens")
     assert {row["quantity"] for row in results["rows"]} == set(list(QUANTITIES)[:4])
@@ -189,14 +197,23 @@ def test_gla_is_the_recurrence_where_all_channels_have_one_gate(on_metal, relati
     tokens, heads, dim = 64, 2, 32
     peer = gla(heads, dim, mx.float32, on_metal)
     q, _, v, gates = peer.arguments(tokens)
-    keys = mx.broadcast_to(1 - gates[..., None], q.shape)
+
+    def ours(q, v, gates):
+        logits = mx.broadcast_to(mx.log(gates / (1 - gates))[..., None], q.shape)
+        return gated_recurrence(q, logits, v, scale=1.0, query_act=lambda x: x)[0]
+
+    def theirs(q, v, gates):
+        keys = mx.broadcast_to(1 - gates[..., None], q.shape)
+        return peer.run(q, keys, v, gates)
+
     with metal_host.executing() as runs:
-        outputs = peer.run(q, keys, v, gates)
-        mx.eval(outputs)
+        outputs, gradients = mx.vjp(theirs, [q, v, gates], [v])
+        mx.eval(outputs, gradients)
     assert bool(runs) == on_metal
-    logits = mx.broadcast_to(mx.log(gates / (1 - gates))[..., None], q.shape)
-    ours, _ = gated_recurrence(q, logits, v, scale=1.0, query_act=lambda x: x)
-    assert relative_error(outputs, ours) < 1e-5
+    expected_outputs, expected_gradients = mx.vjp(ours, [q, v, gates], [v])
+    assert relative_error(outputs[0], expected_outputs[0]) < 1e-5
+    for gradient, expected in zip(gradients, expected_gradients, strict=True):
+        assert relative_error(gradient, expected) < 1e-4
 
 
 @pytest.mark.parametrize("on_metal", [False, True], ids=["reference", "kernel"])
@@ -209,6 +226,13 @@ def test_rglru_is_the_recurrence_of_hgrn(on_metal, relative_error):
     assert bool(runs) == on_metal
     ours, _ = elementwise_recurrence(inputs, mx.log(gates / (1 - gates)))
     assert relative_error(outputs, ours) < 1e-5
+
+
+def test_recurrences_are_measured_in_16_bits(tmp_path):
+    size = ("--hidden-size", "64", "--layers", "1", "--dtype", "bfloat16")
+    results = bench(tmp_path, *size, "--peers", "mlx-recurrence")
+    values = [row["values"] for row in results["rows"] if row["quantity"].startswith("recurrence")]
+    assert [list(value) for value in values] == 6 * [["hgrn2", "mlx-recurrence"]]
 
 
 def test_where_its_kernels_do_not_fit_its_references_run():

@@ -56,6 +56,7 @@ def test_it_has_as_many_parameters(subject):
     assert sum(weight.numel() for weight in model.parameters()) == subject.parameters
 
 
+@pytest.mark.skipif(mx.cuda.is_available(), reason="here is a GPU")
 def test_without_a_gpu_it_says_what_it_needs():
     with pytest.raises(CannotTakePart, match="on an NVIDIA GPU, and MLX uses none here: pip inst"):
         fla(random_subject(Size(64, 1, 100)))

@@ -45,13 +45,28 @@ def bench(
         quantization=subject.quantization,
         size=subject.size,
         parameters={x.name: x.parameters for x in participants},
-        notes={x.name: x.note for x in participants if x.note},
+        notes=_notes(participants, subject, cases, settings),
         settings=settings,
         rows=[
             Row(*case, {name: values[case] for name, values in measured.items() if case in values})
             for case in cases
         ],
     )
+
+
+def _notes(
+    participants: list[Participant],
+    subject: Subject,
+    cases: list[tuple[str, int, int]],
+    settings: Settings,
+) -> dict[str, str]:
+    notes = {x.name: x.note for x in participants if x.note}
+    if settings.train_tokens and not any(quantity == "training step" for quantity, *_ in cases):
+        reason = "is quantized"
+        if subject.quantization is None:
+            reason = "with its gradients and AdamW's averages does not fit in memory"
+        notes["training step"] = f"left out, as {subject.name} {reason}"
+    return notes
 
 
 def _participant(subject: Subject) -> Participant:

@@ -1,6 +1,7 @@
 """The same model in flash-linear-attention, with random weights, on an NVIDIA GPU."""
 
 from functools import partial
+from importlib.util import find_spec
 
 import mlx.core as mx
 
@@ -34,6 +35,8 @@ def fla(subject: Subject, device: str = "cuda") -> Participant:
         check_expressible(subject.args)
     except ValueError as error:
         raise CannotTakePart(str(error)) from None
+    if device == "cuda" and subject.args.attention_layers and not find_spec("flash_attn"):
+        raise CannotTakePart(f"{NAME} needs another package for attention: pip install flash-attn")
     # Asked first, as PyTorch is slow to import.
     if device == "cuda" and not mx.cuda.is_available():
         raise CannotTakePart(

@@ -56,7 +56,8 @@ def measure_recurrence(
         progress(f"the recurrence of {tokens} tokens")
         mx.random.seed(0)
         arguments = recurrence.arguments(tokens)
-        gradient = mx.random.normal(recurrence.run(*arguments).shape)
+        output = recurrence.run(*arguments)
+        gradient = mx.random.normal(output.shape).astype(output.dtype)
         mx.eval(arguments, gradient)
 
         def outputs(arguments=arguments) -> mx.array:

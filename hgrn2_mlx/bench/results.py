@@ -36,7 +36,8 @@ class Results:
         quantization: Bits and group size of all of them, if they are quantized.
         size: Of all of the models.
         parameters: Of each model, before quantization; ``None`` for what is none.
-        notes: By name, what a peer is, where the name does not say it.
+        notes: By name, what a peer is, where the name does not say it; by quantity, why it
+            was left out.
         settings: What was asked for.
         rows: The figures.
     """
