@@ -41,7 +41,8 @@ from mlx_lm.utils import get_total_parameters
 from rich.console import Console
 from rich.table import Table
 
-from hgrn2_mlx.bench import Size, add_lora, build_hgrn2, build_mamba2
+from hgrn2_mlx.bench.model_timing import add_lora
+from hgrn2_mlx.bench.models import Size, build_hgrn2, build_mamba2
 
 RESULTS = Path(__file__).parent / "results" / "long_sequences.json"
 LENGTHS = (512, 1024, 2048, 4096, 8192)

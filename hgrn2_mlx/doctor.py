@@ -258,7 +258,7 @@ def check_blas(report: Report) -> None:
     import mlx.core as mx
     import numpy as np
 
-    from .bench import fastest
+    from .bench.model_timing import fastest
 
     a, b = mx.random.normal((2, 1024, 1024))
     numpy_a, numpy_b = np.array(a), np.array(b)
@@ -418,7 +418,7 @@ def time_kernels(report: Report) -> None:
     """The forward pass of every kernel in use beside the operations it replaces, in bfloat16."""
     import mlx.core as mx
 
-    from .bench import fastest
+    from .bench.model_timing import fastest
 
     used = {check.form for check in report.forms if check.used and check.dtype == "bfloat16"}
     for form in forms():
@@ -443,7 +443,7 @@ def check_model(report: Report) -> None:
     import mlx.core as mx
     import mlx_lm
 
-    from .bench import time_generation
+    from .bench.model_timing import time_generation
     from .convert import convert
     from .demo import CHECKPOINT, validation_loss
 

@@ -96,7 +96,6 @@ def test_a_wrong_command_line_says_how_it_goes(arguments, capsys):
 
 
 def test_a_shell_can_complete(tmp_path):
-    pytest.importorskip("argcomplete")
     for line, completion in (("hgrn2 in", "info "), ("hgrn2 info --js", "--json ")):
         answer = tmp_path / "answer"
         environment = os.environ | {

@@ -17,10 +17,11 @@ PAGES = Path(__file__).resolve().parent.parent / "docs"
 BLOCK = re.compile(r"^```(sh|python|yaml title=\"(?P<file>.+)\")\n(?P<text>.*?)^```$", re.M | re.S)
 SUBSTITUTES = {
     "fla-hub/hgrn2-1.3B-100B": str(CHECKPOINT),
+    "hgrn2 bench": "hgrn2 bench --prompt-tokens 64 --train-tokens 64 --num-trials 1",
     "--iters 200": "--iters 2 --batch-size 1 --val-batches 1 --max-seq-length 64",
 }
 # Those need a network, or do not end; tests/test_serving.py has the server and its client.
-NOT_RUN = ("pip install", "hgrn2 serve", "hgrn2 demo", "hgrn2 bench", "import openai")
+NOT_RUN = ("pip install", "hgrn2 serve", "hgrn2 demo", "import openai")
 
 pytestmark = pytest.mark.slow
 

@@ -13,6 +13,8 @@ from hub_stand_in import TOKEN, Hub, Repository, commit_of, running_hub
 from huggingface_hub.constants import DOWNLOAD_CHUNK_SIZE
 from mlx_lm.utils import load_model
 
+from hgrn2_mlx.convert import convert
+
 FIXTURE = Path(__file__).parent / "fixtures" / "hgrn2-default"
 MODEL = "someone/hgrn2-tiny"
 CARD = b"""---
@@ -43,9 +45,11 @@ def repository(hub: Hub) -> Repository:
 
 @pytest.fixture
 def hgrn2(hub: Hub, tmp_path):
-    """Runs ``hgrn2 convert``; the cache of downloads lasts as long as the test."""
+    """Runs ``hgrn2 convert``, or another command; downloads are kept as long as the test."""
 
-    def hgrn2(*arguments: str, token: str | None = None) -> subprocess.CompletedProcess:
+    def hgrn2(
+        *arguments: str, token: str | None = None, command: str = "convert"
+    ) -> subprocess.CompletedProcess:
         environment = os.environ | {
             "HF_ENDPOINT": hub.endpoint,
             "HF_HOME": str(tmp_path / "huggingface"),
@@ -56,7 +60,7 @@ def hgrn2(hub: Hub, tmp_path):
         if token is not None:
             environment["HF_TOKEN"] = token
         return subprocess.run(
-            [sys.executable, "-m", "hgrn2_mlx", "convert", *arguments],
+            [sys.executable, "-m", "hgrn2_mlx", command, *arguments],
             env=environment,
             cwd=tmp_path,
             capture_output=True,
@@ -84,6 +88,22 @@ def test_downloads_only_what_is_needed(hub, repository, hgrn2, tmp_path):
     hub.requests.clear()
     assert hgrn2("--hf-path", MODEL, "--mlx-path", "again").returncode == 0
     assert hub.downloads() == set()
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_a_repository_is_measured(hub, repository, hgrn2, tmp_path, converted):
+    if converted:
+        convert(FIXTURE, tmp_path / "mlx", dtype="bfloat16")
+        files = {path.name: path.read_bytes() for path in (tmp_path / "mlx").iterdir()}
+        repository.revisions["main"] = files
+    sizes = ("-p", "8", "-b", "1", "-t", "8", "-g", "1", "-n", "1")
+    result = hgrn2("--model", MODEL, *sizes, "--peers", "--json", "bench.json", command="bench")
+    assert result.returncode == 0, result.stderr
+    parameters = json.loads((tmp_path / "bench.json").read_text())["parameters"]
+    assert parameters == {"hgrn2": sum(weight.size for weight in original_weights())}
+    assert "model.safetensors" in hub.downloads()
+    error = one_line_error(hgrn2("--model", "someone/else", command="bench"))
+    assert "the Hub has no repository someone/else" in error
 
 
 def test_pickled_weights_are_downloaded_where_there_are_no_others(hub, repository, hgrn2):

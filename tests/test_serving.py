@@ -159,6 +159,16 @@ def test_parallel_requests_get_what_each_gets_alone(server, continuation):
     assert answers == [continuation(*request) for request in requests]
 
 
+def test_a_prompt_that_goes_on_starts_from_the_state_that_was_kept(server, continuation):
+    beginning = "The king\n" * 40
+    read = complete(server.client(), beginning, 4).usage
+    assert not read.prompt_tokens_details.cached_tokens
+    answer = complete(server.client(), beginning + "Then the king said", 12)
+    # All but the last, which is read again for its logits.
+    assert answer.usage.prompt_tokens_details.cached_tokens == read.prompt_tokens - 1
+    assert answer.choices[0].text == continuation(beginning + "Then the king said", 12)
+
+
 MALFORMED = {
     "not JSON": b"{",
     "not UTF-8": b"\xff\xfe",

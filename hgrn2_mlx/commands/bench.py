@@ -12,14 +12,22 @@ PICTURES = (".pdf", ".png", ".svg")
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Measure prefill, decoding, a LoRA step and memory at growing lengths and "
-        "batch sizes, beside mlx-lm's mamba2 and llama with random weights of the same width, "
-        "depth and type. Without --model, a small HGRN2 with random weights is measured.",
-        **example("--model hgrn2-1.3b --prompt-tokens 512 4096 16384 --json bench.json"),
+        description="Measure prefill, decoding, a training step (of all weights, where they are "
+        "not quantized and fit in memory, and of LoRA) and memory at growing lengths and batch "
+        "sizes, beside peers of the same width, depth and type, with random weights: mlx-lm's "
+        "mamba2 and llama; mlx-recurrence, of which a layer's recurrence is compared by itself; "
+        "and fla, the same model in flash-linear-attention on an NVIDIA GPU. Without --model, a "
+        "small HGRN2 with random weights is measured.",
+        **example(
+            "--model hgrn2-1.3b --prompt-tokens 512 4096 16384 --json bench.json\n"
+            "  %(prog)s --peers mlx-recurrence fla --plot bench.png"
+        ),
     )
     parser.add_argument("model_argument", nargs="?", metavar="MODEL", help="same as --model")
     parser.add_argument(
-        "--model", metavar="PATH", help="a converted folder, or a config.json for random weights"
+        "--model",
+        metavar="PATH",
+        help="a converted folder or Hub repository id, or a config.json for random weights",
     )
     size = parser.add_argument_group("size of the model with random weights")
     size.add_argument(
@@ -38,19 +46,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--peers",
         nargs="*",
-        choices=("mamba2", "llama"),
-        default=("mamba2", "llama"),
-        help="models to compare with (default: both; none after the bare flag)",
+        choices=("mamba2", "llama", "mlx-recurrence", "fla"),
+        help="what to compare with (default: all that are installed and can run here; none after "
+        "the bare flag)",
     )
     # As in mlx_lm.benchmark, but several of each.
-    for flag, values, text in (
-        ("-p --prompt-tokens", (512, 2048, 4096), "lengths of prompts"),
-        ("-b --batch-size", (1, 4), "batch sizes; those after the first at the first length"),
-        ("-t --train-tokens", (512, 1024), "lengths of training sequences"),
+    for flag, count, values, text in (
+        ("-p --prompt-tokens", "+", (512, 2048, 4096), "lengths of prompts"),
+        ("-b --batch-size", "+", (1, 4), "batch sizes; those after the first at the first length"),
+        ("-t --train-tokens", "*", (512, 1024), "lengths to train on; the bare flag for none"),
     ):
         default = " ".join(map(str, values))
         parser.add_argument(
-            *flag.split(), nargs="+", type=int, default=values, metavar="N",
+            *flag.split(), nargs=count, type=int, default=values, metavar="N",
             help=f"{text} (default: {default})",
         )  # fmt: skip
     parser.add_argument(
@@ -101,7 +109,7 @@ def run(options: argparse.Namespace) -> None:
         size = Size(options.hidden_size, options.layers, options.vocab_size)
         subject = random_subject(size, dtype)
     else:
-        subject = read_subject(Path(path), dtype)
+        subject = read_subject(path, dtype)
 
     on_cpu = mx.default_device() == mx.cpu
     if sys.platform == "linux" and on_cpu and not system_blas.is_in_process():

@@ -138,7 +138,7 @@ class TrainConfig:
     checkpoints_kept: Count = 2
     sample: SampleConfig | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.optimizer.warmup_steps >= self.steps:
             raise ValueError(
                 f"optimizer.warmup_steps: {self.optimizer.warmup_steps} is not less "
@@ -174,7 +174,8 @@ class TrainConfig:
         Raises:
             ValueError: One line that begins with the key at fault.
         """
-        return _section(values, cls, "")
+        config: TrainConfig = _section(values, cls, "")
+        return config
 
     @classmethod
     def load(cls, path: str | Path) -> "TrainConfig":
@@ -211,7 +212,7 @@ def _section(values: Any, section: type, key: str) -> Any:
 def _value(value: Any, kind: Any, key: str) -> Any:
     """``value`` as ``kind``, which is one of the types that the dataclasses above use."""
     origin, arguments = get_origin(kind), get_args(kind)
-    if is_dataclass(kind):
+    if isinstance(kind, type) and is_dataclass(kind):
         return _section(value, kind, key)
     if origin is UnionType:
         if value is None and NoneType in arguments:

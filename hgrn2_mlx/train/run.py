@@ -104,7 +104,7 @@ def _remove_unfinished(folder: Path) -> None:
 
 
 def _initial_model(config: TrainConfig) -> LanguageModel:
-    model = config.architecture.Model(config.model_args)
+    model: LanguageModel = config.architecture.Model(config.model_args)
     mx.random.seed(config.seed)
     initialize(model, config.model.get("initializer_range", INITIALIZER_RANGE))
     add_dropout(model, config.dropout, config.token_dropout)

@@ -32,7 +32,7 @@ class Trainer:
     """
 
     def __init__(self, model: LanguageModel, config: TrainConfig, compiled: bool | None = None):
-        self.model = model.train()
+        self.model: LanguageModel = model.train()
         self.config = config
         self.group = mx.distributed.init()
         self.compiled = mx.metal.is_available() if compiled is None else compiled
