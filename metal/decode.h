@@ -87,7 +87,7 @@ inline void decode(
 #pragma unroll
     for (int c = 0; c < K / 32; ++c) {
       const Gates gate = gates(forget.at[c], bound.at[c]);
-      query.at[c] = scale * silu(query.at[c]);
+      query.at[c] = silu(query.at[c]);
       forget.at[c] = gate.forget;
       key.at[c] = gate.key;
     }
@@ -112,7 +112,7 @@ inline void decode(
     const uint token_head = (batch_head / H * TOKENS + t) * H + head;
     const float output = simd_sums<ROWS>(outputs[t], lane);
     if (lane < ROWS) {
-      out[token_head * V + row + lane] = T(output);
+      out[token_head * V + row + lane] = T(scale * output);
     }
   }
 }

@@ -60,9 +60,6 @@ ACCEPTED = {
     " at % WIDTH] : uint4(0); | without row < ROWS": (
         "It saves reads: rows below `present` exist, and `put` leaves out those from ROWS on."
     ),
-    "metal/decode.h: if (lane == 0) { | without lane == 0": (
-        "It saves writes: every lane has the sum, and would write the same number."
-    ),
     "metal/elementwise_scan.h: const bool inside = start + i < length; | without"
     " start + i < length": "Nothing is stored of what a token after the last does to the state.",
     "metal/elementwise_scan.h: forget[i] = inside ? gate.forget : 1.0f; | without inside": (

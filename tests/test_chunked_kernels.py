@@ -31,6 +31,7 @@ SHAPES = {  # batch, tokens, heads, key dimension, value dimension
     "the public models' head": (1, 40, 1, 128, 128),
     "more keys than values": (1, 20, 1, 128, 16),
     "more values than keys": (1, 20, 1, 16, 128),
+    "the largest head": (1, 20, 1, 256, 256),
 }
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 TOLERANCES = {mx.float32: 5e-6, mx.float16: 4e-3, mx.bfloat16: 2e-2}

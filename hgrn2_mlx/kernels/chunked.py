@@ -20,7 +20,7 @@ def fits(q: mx.array, f: mx.array, v: mx.array) -> bool:
         and q.dtype == f.dtype == v.dtype
         and keys % 16 == 0
         and values % 16 == 0
-        and max(keys, values) <= (128 if v.dtype == mx.float32 else 256)
+        and max(keys, values) <= 256
     )
 
 
