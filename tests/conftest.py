@@ -1,5 +1,6 @@
-"""What several test files share: the reference models and how far arrays are apart."""
+"""What several test files share: reference models, where kernels run, how far arrays are apart."""
 
+import contextlib
 import json
 import os
 from dataclasses import dataclass
@@ -8,13 +9,17 @@ from pathlib import Path
 # Or an NVIDIA GPU multiplies float32 matrices in TF32, with ten bits of mantissa.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
+import metal_host
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
 
+from hgrn2_mlx import kernels
 from hgrn2_mlx.models import ARCHITECTURES
+from hgrn2_mlx.ops import chunked_kernels, decode, elementwise_scan
 
+ON_GPU = mx.metal.is_available() or mx.cuda.is_available()
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = ("hgrn2-default", "hgrn2-short-conv", "hgrn2-hybrid", "hgrn-default")
 
@@ -65,3 +70,21 @@ def relative_error():
         return np.abs(actual - expected).max() / max(np.abs(expected).max(), 1e-30)
 
     return relative_error
+
+
+def executing(**options):
+    """Kernels run on the GPU at hand, or else their Metal source on the host."""
+    return contextlib.nullcontext() if ON_GPU else metal_host.executing(**options)
+
+
+@pytest.fixture
+def fresh_kernels():
+    """What was traced or judged outside the host executor does not count inside, nor after."""
+    modules = (kernels.chunk, kernels.state_scan, kernels.decode, kernels.elementwise_scan)
+    modules += (chunked_kernels, decode, elementwise_scan)
+    caches = [x for module in modules for x in vars(module).values() if hasattr(x, "cache_clear")]
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()

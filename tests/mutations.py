@@ -38,7 +38,7 @@ TRIES = 2
 
 # The tests of a module of hgrn2_mlx/kernels; of one that is not here, all of them.
 TESTS = {
-    "decode.py": ["tests/test_kernels.py"],
+    "decode.py": ["tests/test_decode_kernel.py"],
     "elementwise_scan.py": ["tests/test_elementwise_kernel.py"],
     "chunk.py": ["tests/test_chunked_kernels.py"],
     "state_scan.py": ["tests/test_chunked_kernels.py"],

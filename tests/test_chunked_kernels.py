@@ -4,15 +4,14 @@ Where there is no GPU, ``metal_host`` compiles the very source that MLX would gi
 Apple GPU and runs it on the CPU.
 """
 
-import contextlib
 import dataclasses
 import functools
 import os
 
-import metal_host
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import ON_GPU, executing
 from metal_host import Mode
 
 from hgrn2_mlx import gated_recurrence, kernels
@@ -20,8 +19,6 @@ from hgrn2_mlx.ops import chunked_kernels as form
 
 # A kernel that is left aside would pass every test of numbers.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("error:hgrn2-mlx")]
-
-ON_GPU = mx.metal.is_available() or mx.cuda.is_available()
 
 SHAPES = {  # batch, tokens, heads, key dimension, value dimension
     "one token": (1, 1, 1, 16, 16),
@@ -39,23 +36,10 @@ NAMES = ("output", "state", "q", "f", "v", "lower bound", "initial state")
 
 
 @pytest.fixture(autouse=True)
-def fresh_kernels(monkeypatch):
-    """What was traced or judged outside the host executor does not count inside, nor after."""
-    if os.environ.get("METAL_HOST_MODE") == Mode.THREAD.value:  # it sees so many threads
+def as_many_threads_as_are_watched(fresh_kernels, monkeypatch):
+    if os.environ.get("METAL_HOST_MODE") == Mode.THREAD.value:
         narrow = dataclasses.replace(kernels.tiling.METAL, group=4)
         monkeypatch.setattr(kernels.tiling, "METAL", narrow)
-    caches = [form._kernels_are_right]
-    for module in (kernels.chunk, kernels.state_scan):
-        caches += [x for x in vars(module).values() if hasattr(x, "cache_clear")]
-    for cache in caches:
-        cache.cache_clear()
-    yield
-    for cache in caches:
-        cache.cache_clear()
-
-
-def executing(**options):
-    return contextlib.nullcontext() if ON_GPU else metal_host.executing(**options)
 
 
 def make_inputs(shape, dtype=mx.float32, gates="usual", seed=0):

@@ -1,6 +1,5 @@
 """hgrn2 doctor: on this machine, as if on a Mac (the kernels on the host), and on broken ones."""
 
-import contextlib
 import importlib.metadata
 import json
 import os
@@ -8,15 +7,13 @@ import subprocess
 import sys
 import warnings
 
-import metal_host
 import mlx.core as mx
 import pytest
-from test_kernels import ON_GPU
+from conftest import ON_GPU, executing
 
 from hgrn2_mlx import doctor, kernels, system_blas
 from hgrn2_mlx.cli import main
 from hgrn2_mlx.kernels import sources
-from hgrn2_mlx.ops import chunked_kernels, decode, elementwise_scan
 
 KERNELS = ("decode kernel", "chunked kernels", "elementwise scan kernels")
 TYPES = ("float32", "bfloat16", "float16")
@@ -24,29 +21,12 @@ OPENBLAS = "libopenblas.so.0"
 
 
 @pytest.fixture(autouse=True)
-def fresh_kernels():
-    """What was traced or judged outside the host executor does not count inside, nor after."""
-    modules = (kernels.chunk, kernels.state_scan, kernels.decode, kernels.elementwise_scan)
-    modules += (chunked_kernels, decode, elementwise_scan)
-    caches = [x for module in modules for x in vars(module).values() if hasattr(x, "cache_clear")]
-    for cache in caches:
-        cache.cache_clear()
-    yield
-    for cache in caches:
-        cache.cache_clear()
-
-
-@pytest.fixture(autouse=True)
-def small_measurements(monkeypatch):
+def small_measurements(fresh_kernels, monkeypatch):
     for name, value in {
         "HEADS": 1, "TIMED_HEADS": 1, "TIMED_TOKENS": 16, "PROMPT_TOKENS": 16,
         "GENERATED_TOKENS": 2, "TRIALS": 1,
     }.items():  # fmt: skip
         monkeypatch.setattr(doctor, name, value)
-
-
-def executing():
-    return contextlib.nullcontext() if ON_GPU else metal_host.executing()
 
 
 def examine(capsys):

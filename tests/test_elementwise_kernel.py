@@ -1,7 +1,7 @@
 """HGRN's kernels against its definition in float64, on the host or on the GPU at hand.
 
 Gradients are derivatives of that definition by a complex step, which needs no formula
-and has no cancellation. See test_kernels.py for what runs the kernels.
+and has no cancellation. See test_decode_kernel.py for what runs the kernels.
 """
 
 import os
@@ -11,10 +11,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import load_reference
+from conftest import ON_GPU, executing, load_reference
 from metal_host import Mode
 from mlx.utils import tree_flatten
-from test_kernels import ON_GPU, executing
 from test_model import mean_loss
 
 from hgrn2_mlx import kernels
@@ -40,16 +39,9 @@ every_dtype = pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 
 
 @pytest.fixture(autouse=True)
-def fresh_kernels(monkeypatch):
-    scan = kernels.elementwise_scan
-    if os.environ.get("METAL_HOST_MODE") == Mode.THREAD.value:  # it sees so many threads
-        monkeypatch.setattr(scan, "SIMDGROUPS", 4)
-    caches = (scan._forward, scan._backward, scan_form._kernel_is_right)
-    for cache in caches:
-        cache.cache_clear()
-    yield
-    for cache in caches:
-        cache.cache_clear()
+def as_many_threads_as_are_watched(fresh_kernels, monkeypatch):
+    if os.environ.get("METAL_HOST_MODE") == Mode.THREAD.value:
+        monkeypatch.setattr(kernels.elementwise_scan, "SIMDGROUPS", 4)
 
 
 def make_inputs(shape, dtype=mx.float32):

@@ -35,16 +35,7 @@ def decode(
 ) -> tuple[mx.array, mx.array]:
     """Runs the kernel on inputs that :func:`fits` accepts.
 
-    Args:
-        q: Query logits ``[B, T, H, K]``, float32, bfloat16 or float16.
-        f: Forget-gate logits ``[B, T, H, K]``; ``inf`` leaves the state as it is.
-        v: Values ``[B, T, H, V]``.
-        lower_bound: ``[H, K]`` float32.
-        state: ``[B, H, V, K]`` float32.
-        scale: Factor on the queries.
-
-    Returns:
-        Outputs ``[B, T, H, V]`` in the type of ``v`` and the new state.
+    Arguments and results as of :func:`.chunked.forward`.
     """
     batch, tokens, heads, key_dim = q.shape
     value_dim = v.shape[-1]

@@ -1,25 +1,22 @@
-"""The kernels against MLX's operations: the Metal source on the host, or on the GPU at hand.
+"""The decode kernel against MLX's operations: the Metal source on the host, or on the GPU at hand.
 
 Where there is no GPU, ``metal_host`` compiles the very source that MLX would give
 an Apple GPU and runs it on the CPU, each lane's reads, writes and simdgroup
 functions as Metal defines them.
 """
 
-import contextlib
-
 import metal_host
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import ON_GPU, executing
 from metal_host import Mode
 
 from hgrn2_mlx import gated_recurrence, kernels
 from hgrn2_mlx.ops import decode as decode_form
 from hgrn2_mlx.ops.recurrent import recurrent
 
-pytestmark = pytest.mark.gpu
-
-ON_GPU = mx.metal.is_available() or mx.cuda.is_available()
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fresh_kernels")]
 
 SHAPES = {  # batch, tokens, heads, key dimension, value dimension
     "one token": (1, 1, 2, 64, 64),
@@ -31,21 +28,6 @@ SHAPES = {  # batch, tokens, heads, key dimension, value dimension
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 TOLERANCES = {mx.float32: 2e-6, mx.float16: 2e-3, mx.bfloat16: 2e-2}
 every_dtype = pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-
-
-@pytest.fixture(autouse=True)
-def fresh_kernels():
-    """What was traced or judged outside the host executor does not count inside, nor after."""
-    caches = (kernels.decode._kernel, decode_form._kernel_is_right)
-    for cache in caches:
-        cache.cache_clear()
-    yield
-    for cache in caches:
-        cache.cache_clear()
-
-
-def executing(**options):
-    return contextlib.nullcontext() if ON_GPU else metal_host.executing(**options)
 
 
 def make_inputs(shape, dtype=mx.float32):
