@@ -36,7 +36,9 @@ def gated_recurrence(
     rounding, for any length, gates from 0 to 1 and any split of a sequence into
     calls that hand on the state. Differentiable in ``q``, ``f``, ``v``,
     ``lower_bound`` and ``state``. On a GPU, put an axis for ``mx.vmap`` into the
-    batch instead: MLX does not map kernels, and says so.
+    batch instead: MLX does not map kernels, and says so. Kernels read 16 bytes at a
+    time, so arrays must begin at such a place there, as all results of operations do:
+    of a slice of a flat array that begins elsewhere, pass a copy (``x + 0``).
 
     Args:
         q: Query logits ``[B, T, H, K]`` (before ``query_act``), float32, bfloat16 or float16.
