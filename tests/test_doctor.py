@@ -11,8 +11,10 @@ import mlx.core as mx
 import pytest
 from conftest import ON_GPU, executing
 
-from hgrn2_mlx import doctor, kernels, system_blas
+from hgrn2_mlx import kernels, system_blas
 from hgrn2_mlx.cli import main
+from hgrn2_mlx.doctor import Report, backend, carried_model, examination, forms
+from hgrn2_mlx.doctor.installation import check_versions
 from hgrn2_mlx.kernels import sources
 
 KERNELS = ("decode kernel", "chunked kernels", "elementwise scan kernels")
@@ -22,11 +24,13 @@ OPENBLAS = "libopenblas.so.0"
 
 @pytest.fixture(autouse=True)
 def small_measurements(fresh_kernels, monkeypatch):
-    for name, value in {
-        "HEADS": 1, "TIMED_HEADS": 1, "TIMED_TOKENS": 16, "PROMPT_TOKENS": 16,
-        "GENERATED_TOKENS": 2, "TRIALS": 1,
-    }.items():  # fmt: skip
-        monkeypatch.setattr(doctor, name, value)
+    for module, sizes in {
+        forms: {"HEADS": 1, "TIMED_HEADS": 1, "TIMED_TOKENS": 16, "TRIALS": 1},
+        carried_model: {"PROMPT_TOKENS": 16, "GENERATED_TOKENS": 2},
+        backend: {"TRIALS": 1},
+    }.items():
+        for name, value in sizes.items():
+            monkeypatch.setattr(module, name, value)
 
 
 def examine(capsys):
@@ -41,7 +45,7 @@ def examine(capsys):
 def only_forms(monkeypatch):
     """Leaves the model out, which says nothing more about a kernel that is broken."""
     for name in ("time_kernels", "check_model", "check_compiler"):
-        monkeypatch.setattr(doctor, name, lambda report: None)
+        monkeypatch.setattr(examination, name, lambda report: None)
 
 
 def test_on_a_mac_every_kernel_is_compiled_and_right(capsys):
@@ -108,7 +112,7 @@ def test_a_kernel_wrong_at_one_size_only_is_not_to_be_trusted(monkeypatch, capsy
 
     def wrong(q, *others):
         output, state = run(q, *others)
-        return (output + (q.shape[-1] == doctor.HEAD_DIM), state)
+        return (output + (q.shape[-1] == forms.HEAD_DIM), state)
 
     monkeypatch.setattr(kernels.decode, "decode", wrong)
     with executing():
@@ -144,7 +148,7 @@ def test_what_nobody_thought_of_does_not_hide_the_rest(monkeypatch, capsys):
 
     broken.__name__ = "check_forms"
     only_forms(monkeypatch)
-    monkeypatch.setattr(doctor, "check_forms", broken)
+    monkeypatch.setattr(examination, "check_forms", broken)
     status, report, _ = examine(capsys)
     assert status == 1
     assert report["problems"][0]["what"] == "check forms: KeyError: 'surprise'"
@@ -172,8 +176,8 @@ def test_versions_that_are_too_old_or_not_there_are_named(monkeypatch):
         return "0.1" if name == "mlx-lm" else version(name)
 
     monkeypatch.setattr(importlib.metadata, "version", old)
-    report = doctor.Report()
-    doctor.check_versions(report)
+    report = Report()
+    check_versions(report)
     assert [problem.what for problem in report.problems] == [
         "hgrn2-mlx needs mlx-lm>=0.32.1, and 0.1 is installed",
         "hgrn2-mlx needs sentencepiece, and it is not installed",
@@ -187,9 +191,9 @@ def test_without_a_compiler_it_says_what_to_install(tmp_path, compiler):
         (tmp_path / "g++").write_text('#!/bin/sh\n[ "$1" = --version ]\n')
         (tmp_path / "g++").chmod(0o755)
     script = """
-from hgrn2_mlx import doctor
-report = doctor.Report(backend="CPU")
-doctor.check_compiler(report)
+from hgrn2_mlx.doctor import Report, backend
+report = Report(backend="CPU")
+backend.check_compiler(report)
 for kind, findings in (("problem", report.problems), ("advice", report.advice)):
     for finding in findings:
         print(kind, finding.what, finding.remedy)
@@ -258,9 +262,9 @@ print(is_in_process(), use_system_blas(), is_in_process())
 def test_a_slow_blas_is_advice_not_a_problem(monkeypatch, switch, in_process, remedy):
     monkeypatch.setenv("HGRN2_SYSTEM_BLAS", switch)
     monkeypatch.setattr(system_blas, "is_in_process", lambda: in_process)
-    monkeypatch.setattr(doctor, "SLOW_BLAS", float("inf"))
-    report = doctor.Report(backend="CPU")
-    doctor.check_blas(report)
+    monkeypatch.setattr(backend, "SLOW_BLAS", float("inf"))
+    report = Report(backend="CPU")
+    backend.check_blas(report)
     (advice,) = report.advice
     assert not report.problems
     assert "of numpy's speed" in advice.what
