@@ -20,8 +20,8 @@ experiment() { # its percentage of the time, its file, its options
     --minutes "${minutes:-inf}" --jobs "${JOBS:-1}" || failed=1
 }
 
-experiment 30 recall
-experiment 35 language_modelling --parts characters
-experiment 20 expand_ratio
-experiment 15 length
+experiment 40 recall
+experiment 32 language_modelling
+experiment 16 expand_ratio
+experiment 12 length
 exit $failed
