@@ -4,6 +4,7 @@ Where there is no GPU, ``metal_host`` compiles the very source that MLX would gi
 Apple GPU and runs it on the CPU.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -277,7 +278,28 @@ def test_kernels_that_give_wrong_numbers_are_left_aside_with_a_warning(monkeypat
     assert_right(got[0] + got[1], expected[0] + expected[1], 5e-6)
 
 
+def test_a_size_that_the_gpu_refuses_is_left_aside_and_others_are_not(monkeypatch):
+    forward = kernels.chunked.forward
+
+    def refuses_64_keys(q, *others):
+        if q.shape[-1] == 64:
+            raise ValueError("Thread group size (256) is greater than the maximum allowed threads")
+        return forward(q, *others)
+
+    monkeypatch.setattr(kernels.chunked, "forward", refuses_64_keys)
+    with executing():
+        for keys, taken in ((64, False), (32, True)):
+            shape = (1, 19, 1, keys, 16)
+            arguments, cotangents = make_inputs(shape)
+            expected = definition(arguments, cotangents, keys**-0.5)
+            warns = contextlib.nullcontext() if taken else pytest.warns(match="does not run")
+            with warns:
+                assert form.can_run(*arguments[:3]) == taken
+            got = mx.vjp(gated_recurrence, arguments, cotangents)
+            assert_right(got[0] + got[1], expected[0] + expected[1], 5e-6)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 def test_the_check_before_the_first_use_accepts_every_type(dtype):
     with executing():
-        assert form._kernels_are_right(dtype)
+        assert form._kernels_are_right(2, 32, 16, dtype)

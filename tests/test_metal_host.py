@@ -379,7 +379,7 @@ def test_limits_of_a_threadgroup():
     run(source.replace("SIZE", "8192"), floats(32))
     with pytest.raises(RunError, match="more than 32768 bytes of threadgroup memory"):
         run(source.replace("SIZE", "8193"), floats(32))
-    with pytest.raises(RunError, match="1056 threads in a threadgroup, more than 1024"):
+    with pytest.raises(RunError, match="1056 threads in a threadgroup, more than 256"):
         run("o[0] = 0.0f;", floats(32), threads=1056)
 
 

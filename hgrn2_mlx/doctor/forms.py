@@ -91,11 +91,9 @@ def forms() -> Iterator[Form]:
 
 def gated_arguments(tokens: int, heads: int, dtype: Any) -> list[Any]:
     """Of HGRN2's recurrence: q, f, v, lower bound and state."""
-    import mlx.core as mx
+    from ..ops import first_use
 
-    q, f, v = mx.random.normal((3, 1, tokens, heads, HEAD_DIM), key=mx.random.key(0)).astype(dtype)
-    state = mx.random.normal((1, heads, HEAD_DIM, HEAD_DIM), key=mx.random.key(1))
-    return [q, f, v, mx.full((heads, HEAD_DIM), 0.25), state]
+    return first_use.random_arguments(tokens, heads, HEAD_DIM, HEAD_DIM, dtype)
 
 
 def elementwise_arguments(tokens: int, heads: int, dtype: Any) -> list[Any]:

@@ -11,7 +11,10 @@ from .chunked import chunked
 
 def can_run(q: mx.array, f: mx.array, v: mx.array) -> bool:
     """Whether the kernels fit these inputs and are right on this machine."""
-    return kernels.chunked.fits(q, f, v) and _kernels_are_right(v.dtype)
+    *_, heads, key_dim = q.shape
+    return kernels.chunked.fits(q, f, v) and _kernels_are_right(
+        heads, key_dim, v.shape[-1], v.dtype
+    )
 
 
 def chunked_kernels(
@@ -45,10 +48,11 @@ def _differentiable(scale: float):
 
 
 @functools.cache
-def _kernels_are_right(dtype: mx.Dtype) -> bool:
-    """Compared over two segments, the second not full, once per type and process."""
-    q, f, v = mx.random.normal((3, 1, 150, 2, 32), key=mx.random.key(0)).astype(dtype)
-    state = mx.random.normal((1, 2, 32, 32), key=mx.random.key(1))
-    kernel, operations = (functools.partial(form, scale=0.2) for form in (chunked_kernels, chunked))
-    arguments = (q, f, v, mx.full((2, 32), 0.25), state)
+def _kernels_are_right(heads: int, key_dim: int, value_dim: int, dtype: mx.Dtype) -> bool:
+    """Compared over three segments, the last not full."""
+    arguments = first_use.random_arguments(150, heads, key_dim, value_dim, dtype)
+    scale = key_dim**-0.5
+    kernel, operations = (
+        functools.partial(form, scale=scale) for form in (chunked_kernels, chunked)
+    )
     return first_use.is_right("chunked", kernel, operations, arguments)

@@ -11,7 +11,7 @@ from .recurrent import recurrent
 
 def can_decode(q: mx.array, f: mx.array, v: mx.array) -> bool:
     """Whether the kernel fits these inputs and is right on this machine."""
-    return kernels.decode.fits(q, f, v) and _kernel_is_right()
+    return kernels.decode.fits(q, f, v) and _kernel_is_right(*q.shape[1:], v.shape[-1], v.dtype)
 
 
 def decode(
@@ -48,10 +48,10 @@ def _differentiable(scale: float):
 
 
 @functools.cache
-def _kernel_is_right() -> bool:
-    q, f, v = mx.random.normal((3, 2, 2, 2, 64), key=mx.random.key(0))
-    state = mx.random.normal((2, 2, 64, 64), key=mx.random.key(1))
-    kernel, operations = (functools.partial(form, scale=0.125) for form in (decode, recurrent))
-    return first_use.is_right(
-        "decode", kernel, operations, (q, f, v, mx.full((2, 64), 0.25), state)
-    )
+def _kernel_is_right(
+    tokens: int, heads: int, key_dim: int, value_dim: int, dtype: mx.Dtype
+) -> bool:
+    arguments = first_use.random_arguments(tokens, heads, key_dim, value_dim, dtype)
+    scale = key_dim**-0.5
+    kernel, operations = (functools.partial(form, scale=scale) for form in (decode, recurrent))
+    return first_use.is_right("decode", kernel, operations, arguments)

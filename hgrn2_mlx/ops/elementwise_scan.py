@@ -11,7 +11,7 @@ from .merged_pairs import merged_pairs
 
 def can_scan(x: mx.array, f: mx.array) -> bool:
     """Whether the kernels fit these inputs and are right on this machine."""
-    return kernels.elementwise_scan.fits(x, f) and _kernel_is_right()
+    return kernels.elementwise_scan.fits(x, f) and _kernel_is_right(x.dtype)
 
 
 def elementwise_scan(
@@ -40,8 +40,8 @@ def _scan_gradients(primals, cotangents, outputs):
 
 
 @functools.cache
-def _kernel_is_right() -> bool:
-    x, f = mx.random.normal((2, 2, 150, 40), key=mx.random.key(0))
+def _kernel_is_right(dtype: mx.Dtype) -> bool:
+    x, f = mx.random.normal((2, 2, 150, 40), key=mx.random.key(0)).astype(dtype)
     state = mx.random.normal((2, 40), key=mx.random.key(1))
     return first_use.is_right(
         "elementwise scan", elementwise_scan, merged_pairs, (x, f, mx.full((40,), 0.25), state)

@@ -1,4 +1,8 @@
-"""Kernels earn their place: before its first use, a kernel is compared with MLX's operations."""
+"""Kernels earn their place: before its first use, a kernel is compared with MLX's operations.
+
+Once in a process for every type and size of a head, as each is compiled by itself: a GPU may
+refuse one, for want of registers or of memory, and take another.
+"""
 
 import math
 import warnings
@@ -8,8 +12,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 # Of the largest element, by the arguments' coarsest type: what is rounded on the way shows in
-# float32 results too. MLX multiplies float32 as TF32 on NVIDIA GPUs.
-TOLERANCES = {mx.float32: 1e-2, mx.bfloat16: 3e-2, mx.float16: 3e-2}
+# float32 results too, most in the gradient of a lower bound, by up to 2.5 percent. MLX
+# multiplies float32 as TF32 on NVIDIA GPUs.
+TOLERANCES = {mx.float32: 1e-2, mx.bfloat16: 6e-2, mx.float16: 3e-2}
 
 Form = Callable[..., Sequence[mx.array]]
 
@@ -26,6 +31,16 @@ class Comparison:
 
     error: float | None
     problem: str | None
+
+
+def random_arguments(
+    tokens: int, heads: int, key_dim: int, value_dim: int, dtype: mx.Dtype
+) -> list[mx.array]:
+    """Of HGRN2's recurrence: q, f, v, lower bound and state, of one sequence."""
+    q, f = mx.random.normal((2, 1, tokens, heads, key_dim), key=mx.random.key(0)).astype(dtype)
+    v = mx.random.normal((1, tokens, heads, value_dim), key=mx.random.key(1)).astype(dtype)
+    state = mx.random.normal((1, heads, value_dim, key_dim), key=mx.random.key(2))
+    return [q, f, v, mx.full((heads, key_dim), 0.25), state]
 
 
 def is_right(kernel: str, form: Form, operations: Form, arguments: Sequence[mx.array]) -> bool:
