@@ -12,11 +12,11 @@ inline uint fragment_column(uint lane) {
   return (lane & 8) / 2 + (lane % 2) * 2;
 }
 
-inline simdgroup_matrix<float, 8, 8> as_matrix(float2 fragment) {
-  simdgroup_matrix<float, 8, 8> matrix;
-  matrix.thread_elements()[0] = fragment.x;
-  matrix.thread_elements()[1] = fragment.y;
-  return matrix;
+inline simdgroup_matrix<float, 8, 8> as_matrix(float2 pair) {
+  simdgroup_matrix<float, 8, 8> result;
+  result.thread_elements()[0] = pair.x;
+  result.thread_elements()[1] = pair.y;
+  return result;
 }
 
 // sum + left right, all 8x8
@@ -43,10 +43,10 @@ inline void multiply(
 #pragma unroll
     for (int c = 0; c < C / 8; ++c) {
       const threadgroup T* at = right + 8 * c * pitch + 8 * n;
-      const float2 fragment = float2(float(at[0]), float(at[1]));
+      const float2 pair = float2(float(at[0]), float(at[1]));
 #pragma unroll
       for (int r = 0; r < R / 8; ++r) {
-        result.at[r][n] = multiply_fragments(left.at[r][c], fragment, result.at[r][n]);
+        result.at[r][n] = multiply_fragments(left.at[r][c], pair, result.at[r][n]);
       }
     }
   }
@@ -66,10 +66,10 @@ inline void multiply_transposed(
 #pragma unroll
     for (int c = 0; c < C / 8; ++c) {
       const threadgroup T* at = right + 8 * c * pitch + 8 * n;
-      const float2 fragment = float2(float(at[0]), float(at[pitch]));
+      const float2 pair = float2(float(at[0]), float(at[pitch]));
 #pragma unroll
       for (int r = 0; r < R / 8; ++r) {
-        result.at[r][c] = multiply_fragments(left.at[r][n], fragment, result.at[r][c]);
+        result.at[r][c] = multiply_fragments(left.at[r][n], pair, result.at[r][c]);
       }
     }
   }

@@ -205,6 +205,19 @@ def test_what_metal_lacks_does_not_compile(expression):
         run(f"o[0] = {expression};", floats(32))
 
 
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("float fragment = a[0]; o[0] = fragment;", "fragment is a word of Metal's"),
+        ("float matrix = a[0]; o[0] = matrix;", "matrix is a word of Metal's"),
+        ("o[0] = a[0]; // \u2264 1", "not ASCII"),
+    ],
+)
+def test_what_cpp_takes_and_metal_does_not_is_refused(source, reason):
+    with pytest.raises(CompileError, match=reason):
+        run(source, floats(32))
+
+
 # ---------------------------------------------------------------- matrices
 
 
@@ -235,10 +248,10 @@ def test_matrix_products(dtype, mode):
 
 def test_lanes_hold_the_elements_that_apple_gives_them():
     source = """
-    simdgroup_matrix<float, 8, 8> matrix;
-    matrix.thread_elements()[0] = thread_index_in_simdgroup;
-    matrix.thread_elements()[1] = thread_index_in_simdgroup + 0.5f;
-    simdgroup_store(matrix, o);
+    simdgroup_matrix<float, 8, 8> square;
+    square.thread_elements()[0] = thread_index_in_simdgroup;
+    square.thread_elements()[1] = thread_index_in_simdgroup + 0.5f;
+    simdgroup_store(square, o);
     simdgroup_store(simdgroup_matrix<float, 8, 8>(2.0f), o + 64);
     """
     lanes, diagonal = output(source, floats(1), shape=(2, 8, 8), header=MATRICES)

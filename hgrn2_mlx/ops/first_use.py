@@ -36,8 +36,13 @@ class Comparison:
 def random_arguments(
     tokens: int, heads: int, key_dim: int, value_dim: int, dtype: mx.Dtype
 ) -> list[mx.array]:
-    """Of HGRN2's recurrence: q, f, v, lower bound and state, of one sequence."""
-    q, f = mx.random.normal((2, 1, tokens, heads, key_dim), key=mx.random.key(0)).astype(dtype)
+    """Of HGRN2's recurrence: q, f, v, lower bound and state, of one sequence.
+
+    The gates of one key are open, as those of a masked token are.
+    """
+    q, f = mx.random.normal((2, 1, tokens, heads, key_dim), key=mx.random.key(0))
+    f = mx.where(mx.arange(key_dim) == 0, mx.inf, f)
+    q, f = q.astype(dtype), f.astype(dtype)
     v = mx.random.normal((1, tokens, heads, value_dim), key=mx.random.key(1)).astype(dtype)
     state = mx.random.normal((1, heads, value_dim, key_dim), key=mx.random.key(2))
     return [q, f, v, mx.full((heads, key_dim), 0.25), state]

@@ -32,6 +32,12 @@ KERNEL_FLAGS = [
 ]
 
 ATTRIBUTE_LIST = re.compile(r"\[\[\w+(?:\([^()]*\))?\]\]")
+# Words of Metal's that C++ does not keep for itself, so that a kernel must not name things so:
+# what a function is, types, address spaces (Metal Shading Language Specification, 2, 4 and 5.1).
+METAL_WORDS = set(
+    "kernel vertex fragment object_data ray_data threadgroup_imageblock matrix vec packed_vec "
+    "atomic quad llong ullong complex imaginary restrict assert main".split()
+)
 VECTOR = re.compile(r"\b(float|half|bfloat|int|uint|ushort|uchar|ulong)([234])\(")
 
 UNUSED_SECONDS = 7 * 24 * 3600  # before a program leaves the cache
@@ -98,6 +104,7 @@ def kernel_source(kernel: TracedKernel) -> str:
     text = kernel.declare_threadgroup_variables(
         "auto& {name} = host::threadgroup_variable<{index}, {type}{dimensions}>();"
     )
+    check_words(kernel, text)
     arguments = []
     for index, buffer in enumerate(kernel.buffers):
         const = "const " if buffer.constant else ""
@@ -116,6 +123,16 @@ def kernel_source(kernel: TracedKernel) -> str:
             "}\n",
         ]
     )
+
+
+def check_words(kernel: TracedKernel, text: str) -> None:
+    """What C++ would take and Metal would not."""
+    # MLX hands the source, with its comments, to Metal as ASCII.
+    if not kernel.text.isascii():
+        raise CompileError(f"{kernel.name}: characters that are not ASCII")
+    for word in re.findall(r"\b[A-Za-z_]\w*", ATTRIBUTE_LIST.sub("", text)):
+        if word in METAL_WORDS:
+            raise CompileError(f"{kernel.name}: {word} is a word of Metal's")
 
 
 def check_address_spaces(kernel: TracedKernel) -> None:
