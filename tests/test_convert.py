@@ -381,7 +381,8 @@ def test_refuses_what_is_not_a_checkpoint(tmp_path, refusal, checkpoint):
         ({"model_type": "llama"}, "model_type is 'llama'"),
         ({"rotary_dim": 3}, "unknown key 'rotary_dim'"),
         ({"quantization": {"bits": 4}}, "quantized already"),
-        ({"hidden_size": "many"}, "--debug"),
+        ({"hidden_size": "many"}, "hidden_size: expected a whole number, got 'many'"),
+        ({"model_type": ["hgrn2"]}, "model_type is ['hgrn2']"),
     ],
 )
 def test_refuses_other_configs(refusal, checkpoint, changes, message):
