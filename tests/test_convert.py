@@ -501,6 +501,10 @@ def test_refuses_impossible_quantization(tmp_path, refusal, checkpoint):
     assert "nothing can be quantized" in refusal(source, "-q", "--q-group-size", "128")
     assert "bits" in refusal(checkpoint, "-q", "--q-bits", "9")
     assert "need --quantize" in refusal(checkpoint, "--q-bits", "4")
+    assert "need --quantize" in refusal(checkpoint, "--q-mode", "mxfp4")
+    assert "go with neither" in refusal(checkpoint, "--to-pytorch", "--q-mode", "mxfp4")
+    assert "--q-bits must be at least 1" in refusal(checkpoint, "-q", "--q-bits", "0")
+    assert "--q-group-size must be" in refusal(checkpoint, "-q", "--q-group-size", "0")
 
 
 def test_refuses_outputs_that_cannot_be_written(tmp_path, refusal, checkpoint, monkeypatch):
