@@ -37,7 +37,8 @@ def staged_folder(destination: Path) -> Iterator[Path]:
 def staged_file(destination: Path) -> Iterator[Path]:
     """A new file beside ``destination`` to write, which replaces it at the end.
 
-    It is made at once, so that a place that cannot be written is known before the work.
+    It is made at once, so that a place that cannot be written is known before the work. Its
+    name has the same ending, by which MLX and others know the format.
 
     Raises:
         ValueError: If the file cannot be made.
@@ -46,7 +47,7 @@ def staged_file(destination: Path) -> Iterator[Path]:
     destination = destination.absolute()
     if destination.is_dir():
         raise ValueError(f"{destination} is a folder; give the name of a file")
-    staging = _beside(destination)
+    staging = _beside(destination, destination.suffix)
     try:
         try:
             staging.touch()
@@ -61,6 +62,6 @@ def staged_file(destination: Path) -> Iterator[Path]:
         raise
 
 
-def _beside(destination: Path) -> Path:
+def _beside(destination: Path, ending: str = "") -> Path:
     """A hidden name of its own in the same folder, and so on the same disk."""
-    return destination.with_name(f".{destination.name}.{uuid.uuid4().hex[:8]}.partial")
+    return destination.with_name(f".{destination.name}.{uuid.uuid4().hex[:8]}.partial{ending}")

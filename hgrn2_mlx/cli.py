@@ -127,6 +127,8 @@ def _in_one_line(error: BaseException) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name:
         return f"this needs a package that is not installed: pip install {error.name}"
     message = " ".join(str(error).split())
+    if isinstance(error, RuntimeError) and "Unable to write" in message:
+        return f"{message} Is the disk full?"  # MLX does not say why.
     if isinstance(error, (ValueError, OSError, Interrupted)):
         return message
     return f"{type(error).__name__}: {message} (--debug shows where)"

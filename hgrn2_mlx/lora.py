@@ -8,6 +8,7 @@ of the losses, and that a run which cannot work ends before it writes anything.
 
 import argparse
 import json
+import math
 import types
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,13 @@ def read_settings(given: dict[str, Any]) -> types.SimpleNamespace:
         value = getattr(args, name)
         if not isinstance(value, int) or value < smallest:
             raise ValueError(f"{name} must be at least {smallest}, got {value!r}")
+    for name in ("num_layers", "val_batches"):
+        value = getattr(args, name)
+        if not isinstance(value, int) or (value < 1 and value != -1):
+            raise ValueError(f"{name} must be at least 1, or -1 for all, got {value!r}")
+    rate = args.learning_rate
+    if not isinstance(rate, int | float) or not 0 < rate < math.inf:
+        raise ValueError(f"learning_rate must be a number more than 0, got {rate!r}")
     return args
 
 

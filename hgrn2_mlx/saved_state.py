@@ -36,10 +36,7 @@ def save_state(file: str | Path, cache: list[Any], model: LanguageModel, tokens:
     check_name(file)
     metadata = {"format": FORMAT, "version": VERSION, "tokens": str(tokens)}
     with staged_file(Path(file)) as staging:
-        # MLX appends the ending to other names.
-        written = staging.with_name(f"{staging.name}.safetensors")
-        save_prompt_cache(str(written), cache, metadata | _identity(model))
-        written.replace(staging)
+        save_prompt_cache(str(staging), cache, metadata | _identity(model))
 
 
 def load_state(file: str | Path, model: LanguageModel) -> tuple[list[Any], int]:

@@ -12,11 +12,12 @@ import functools
 import json
 import logging
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 from huggingface_hub.constants import HF_HUB_CACHE
 from mlx_lm import server
 
@@ -27,8 +28,26 @@ def guard_server() -> None:
     """Makes ``mlx_lm.server.main`` answer with :class:`GuardedHandler`."""
     # Its list of models fails where nothing was ever downloaded.
     Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)
+    generate = server.ResponseGenerator._generate
+    server.ResponseGenerator._generate = _without_streams_left(generate)
     # Not run, which ignores the handler that it takes.
     server._run_http_server = functools.partial(_run, server._run_http_server)
+
+
+def _without_streams_left(generate: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Ends the thread that generates so that the process can end.
+
+    MLX's own threads for its streams would else still run, and abort the process every other time.
+    """
+
+    @functools.wraps(generate)
+    def generate_and_clear(self: server.ResponseGenerator) -> None:
+        try:
+            generate(self)
+        finally:
+            mx.clear_streams()
+
+    return generate_and_clear
 
 
 def _run(

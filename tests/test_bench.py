@@ -64,7 +64,7 @@ def test_every_quantity_of_every_model_with_ratios_and_a_picture(tmp_path, capsy
         2 * 64 * 4 * tokens for tokens in (256, 512)
     ]
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert not list(tmp_path.glob(".*.partial"))
+    assert not list(tmp_path.glob(".*.partial*"))
     table = capsys.readouterr().out
     assert "width 64, depth 1, float32" in table and "16.38 kB" in table
 

@@ -268,7 +268,16 @@ def test_quantizing_is_mlx_lm_s_and_can_be_undone(folder, tmp_path, recipe):
             "does not fill a window of 512 tokens; lower --sequence-length",
         ),
         (["eval", "--model", "FOLDER", "--data-path", __file__, "--batch-size=0"], "at least 1"),
+        (["eval", "--model", "FOLDER", "--data-path", __file__, "--num-samples=0"], "got 0"),
         (["quantize", "--model", "FOLDER", "--dequantize"], "is not quantized"),
+        (["quantize", "--model", "FOLDER", "--q-bits", "0"], "--q-bits must be at least 1, got 0"),
+        (["quantize", "--model", "FOLDER", "-d", "--q-bits", "3"], "--dequantize goes with no"),
+        (["quantize", "--model", "FOLDER", "--q-group-size", "7"], "nothing can be quantized"),
+        (
+            ["quantize", "--model", "FOLDER", "--quant-predicate=mixed_2_6", "--q-bits=8"],
+            "leave out --q-bits",
+        ),
+        (["fuse", "--model", "FOLDER", "--q-mode", "mxfp4"], "need --quantize"),
         (["quantize", "--model", "FOLDER", "--mlx-path", "FOLDER"], "exists already"),
     ],
 )

@@ -381,7 +381,8 @@ def test_refuses_what_is_not_a_checkpoint(tmp_path, refusal, checkpoint):
         ({"model_type": "llama"}, "model_type is 'llama'"),
         ({"rotary_dim": 3}, "unknown key 'rotary_dim'"),
         ({"quantization": {"bits": 4}}, "quantized already"),
-        ({"hidden_size": "many"}, "--debug"),
+        ({"hidden_size": "many"}, "hidden_size: expected a whole number, got 'many'"),
+        ({"model_type": ["hgrn2"]}, "model_type is ['hgrn2']"),
     ],
 )
 def test_refuses_other_configs(refusal, checkpoint, changes, message):
@@ -500,6 +501,10 @@ def test_refuses_impossible_quantization(tmp_path, refusal, checkpoint):
     assert "nothing can be quantized" in refusal(source, "-q", "--q-group-size", "128")
     assert "bits" in refusal(checkpoint, "-q", "--q-bits", "9")
     assert "need --quantize" in refusal(checkpoint, "--q-bits", "4")
+    assert "need --quantize" in refusal(checkpoint, "--q-mode", "mxfp4")
+    assert "go with neither" in refusal(checkpoint, "--to-pytorch", "--q-mode", "mxfp4")
+    assert "--q-bits must be at least 1" in refusal(checkpoint, "-q", "--q-bits", "0")
+    assert "--q-group-size must be" in refusal(checkpoint, "-q", "--q-group-size", "0")
 
 
 def test_refuses_outputs_that_cannot_be_written(tmp_path, refusal, checkpoint, monkeypatch):

@@ -1,6 +1,7 @@
 """hgrn2 generate --save-state and --load-state: going on from a state is reading its text again."""
 
 import json
+import resource
 import shutil
 
 import mlx.core as mx
@@ -50,6 +51,24 @@ def test_saving_does_not_change_what_is_written(folders, tmp_path, capsys):
     model, tokenizer = mlx_lm.load(str(folder))
     expected = mlx_lm.generate(model, tokenizer, tokenizer.encode(TEXT), max_tokens=12)
     assert generate(folder, TEXT, capsys, "--save-state", file) == expected
+
+
+def test_a_full_disk_leaves_the_state_that_was_there(folders, tmp_path, capsys):
+    file = tmp_path / "state.safetensors"
+    generate(folders / "everything", TEXT, capsys, "--save-state", file, max_tokens=0)
+    saved = file.read_bytes()
+
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(saved) // 2, limit[1]))
+    try:
+        arguments = ["--model", str(folders / "everything"), "--prompt", TEXT, "--max-tokens", "0"]
+        assert main(["generate", *arguments, "--save-state", str(file)]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("hgrn2: error: [write] ") and line.endswith(" Is the disk full?")
+    assert file.read_bytes() == saved
+    assert [*tmp_path.iterdir()] == [file]
 
 
 def test_a_text_may_be_read_in_parts(folders, tmp_path, capsys):

@@ -70,7 +70,7 @@ class Server:
 
     def __exit__(self, *_):
         self.process.terminate()
-        self.process.wait(timeout=60)
+        assert self.process.wait(timeout=60) == 0
 
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(

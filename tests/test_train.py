@@ -390,6 +390,9 @@ def with_key(values, key, value):
         ("optimizer.warmup_steps", 60, "not less than steps"),
         ("sample.prompt", "", "at least one character"),
         ("model.hidden_size", "wide", "a whole number, got 'wide'"),
+        ("model", {"hidden_size": -32}, "hidden_size must be at least 1, got -32"),
+        ("model.initializer_range", "wide", "a number, got 'wide'"),
+        ("model.initializer_range", -1, "at least 0, got -1"),
         ("model.model_type", "mamba2", "expected hgrn2"),
         ("model", {"hidden_dim": 3}, "unknown key 'hidden_dim'"),
         ("model", {"hidden_size": 32, "expand_ratio": 24}, "multiple of expand_ratio (24)"),
@@ -404,6 +407,13 @@ def test_a_wrong_value_is_one_line_that_names_the_key(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"hgrn2: error: {config}: {key}")
     assert message in line
+
+
+def test_numbers_of_the_model_are_numbers_however_yaml_reads_them(values):
+    values["model"] |= {"norm_eps": "1e-5", "initializer_range": "2e-2"}
+    config = TrainConfig.from_dict(values)
+    assert config.model_args.norm_eps == config.model["norm_eps"] == 1e-5
+    assert config.model["initializer_range"] == 2e-2
 
 
 @pytest.mark.parametrize("contents", ["steps: [1", "- steps", ""])

@@ -37,9 +37,27 @@ def read_quantization(options: argparse.Namespace) -> dict[str, Any]:
     """The options of :func:`add_quantization` by name.
 
     Raises:
-        ValueError: If it is said how, but not that.
+        ValueError: If it is said how, but not that, or a number makes no sense.
     """
-    if not options.quantize and (options.q_bits or options.q_group_size):
-        raise ValueError("--q-bits and --q-group-size need --quantize")
+    if not options.quantize and says_how_to_quantize(options):
+        raise ValueError("--q-bits, --q-group-size and --q-mode need --quantize")
+    check_quantization_settings(options)
     names = ("quantize", "q_bits", "q_group_size", "q_mode")
     return {name: getattr(options, name) for name in names}
+
+
+def says_how_to_quantize(options: argparse.Namespace) -> bool:
+    """Whether any of the options of :func:`add_quantization_settings` differs from its default."""
+    settings = (options.q_bits, options.q_group_size, options.q_mode)
+    return settings != (None, None, "affine")
+
+
+def check_quantization_settings(options: argparse.Namespace) -> None:
+    """Refuses what mlx-lm would take for a number that was not given.
+
+    Raises:
+        ValueError: If a number is below 1.
+    """
+    for flag, value in (("--q-bits", options.q_bits), ("--q-group-size", options.q_group_size)):
+        if value is not None and value < 1:
+            raise ValueError(f"{flag} must be at least 1, got {value}")

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from .arguments import add_quantization, example, read_quantization
+from .arguments import add_quantization, example, read_quantization, says_how_to_quantize
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -70,8 +70,8 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("convert what? give --hf-path")
     if options.destination is None:
         options.destination = "pytorch_model" if options.to_pytorch else "mlx_model"
-    changes = options.dtype, options.quantize, options.q_bits, options.q_group_size
-    if any(changes) and (options.to_pytorch or options.check):
+    changes = options.dtype or options.quantize or says_how_to_quantize(options)
+    if changes and (options.to_pytorch or options.check):
         raise ValueError("--dtype and --quantize go with neither --to-pytorch nor --check")
     if options.check:
         _check_conversion(options)

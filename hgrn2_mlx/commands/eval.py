@@ -53,6 +53,8 @@ def _measure_perplexity(options: argparse.Namespace) -> None:
     for name, smallest in (("sequence_length", 2), ("batch_size", 1)):
         if (value := getattr(options, name)) < smallest:
             raise ValueError(f"{name} must be at least {smallest}, got {value}")
+    if options.num_samples == 0:
+        raise ValueError("num_samples must be at least 1, or -1 for all, got 0")
 
     import math
 

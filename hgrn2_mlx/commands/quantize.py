@@ -3,7 +3,12 @@
 import argparse
 from pathlib import Path
 
-from .arguments import add_quantization_settings, example
+from .arguments import (
+    add_quantization_settings,
+    check_quantization_settings,
+    example,
+    says_how_to_quantize,
+)
 from .passed_on import check_exists
 
 
@@ -37,6 +42,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> None:
     check_exists(options.model, "repository")
+    check_quantization_settings(options)
+    if options.dequantize and (options.quant_predicate or says_how_to_quantize(options)):
+        raise ValueError("--dequantize goes with no setting of a quantization")
+    if options.quant_predicate and options.q_bits:
+        raise ValueError("--quant-predicate says how many bits: leave out --q-bits")
 
     from mlx_lm.convert import mixed_quant_predicate_builder
     from mlx_lm.utils import dequantize_model, load, quantize_model, save
@@ -71,5 +81,10 @@ def run(options: argparse.Namespace) -> None:
                 mode=options.q_mode,
                 quant_predicate=predicate,
             )
+            if not any("scales" in layer for layer in model.modules()):
+                raise ValueError(
+                    "nothing can be quantized: no layer's input divides into groups of "
+                    f"{config['quantization']['group_size']}"
+                )
         save(folder, options.model, model, tokenizer, config)
     print(f"written to {options.mlx_path}")

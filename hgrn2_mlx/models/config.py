@@ -7,9 +7,11 @@ file lists what is known to change nothing.
 
 from collections.abc import Collection
 from dataclasses import MISSING, dataclass, fields
-from typing import Any
+from typing import Any, get_type_hints
 
 from mlx_lm.models.base import BaseModelArgs
+
+from .typed_values import read_value
 
 # How fla runs the same computation, and how it trains: no effect on the logits.
 FLA_IMPLEMENTATION = {
@@ -107,12 +109,13 @@ class CheckedModelArgs(BaseModelArgs):
         """Builds the arguments from a ``config.json``.
 
         Raises:
-            ValueError: For a key that is neither an argument nor known to have
-                no effect, or one that is missing; the message names it.
+            ValueError: For a key that is neither an argument nor known to have no
+                effect, one that is missing, or a value of another type; the message
+                names the key.
         """
-        names = {field.name for field in fields(cls)}
+        types = get_type_hints(cls)
         for key, value in params.items():
-            if key not in names and key not in WITHOUT_EFFECT:
+            if key not in types and key not in WITHOUT_EFFECT:
                 raise ValueError(
                     f"config.json: unknown key {key!r} (value {value!r}): "
                     "it may change what the model computes, and this version cannot honour it"
@@ -120,7 +123,13 @@ class CheckedModelArgs(BaseModelArgs):
         for field in fields(cls):
             if field.default is MISSING and field.name not in params:
                 raise ValueError(f"config.json: key {field.name!r} is missing")
-        return cls(**{key: value for key, value in params.items() if key in names})
+        return cls(
+            **{
+                key: read_value(value, types[key], f"config.json: {key}")
+                for key, value in params.items()
+                if key in types
+            }
+        )
 
     def require_positive(self, *names: str) -> None:
         """Refuses a size below 1 by its name; ``None`` passes."""

@@ -46,7 +46,7 @@ class ModelArgs(LanguageModelArgs):
     output_norm_eps: float = 1e-5
 
     def __post_init__(self):
-        self.require_positive("num_heads", "expand_ratio")
+        self.require_positive("hidden_size", "num_heads", "expand_ratio")
         if self.expand_ratio is None and self.num_heads is None:
             raise ValueError("config.json: expand_ratio and num_heads are both null; give one")
         if self.expand_ratio is None:

@@ -58,7 +58,7 @@ class LanguageModelArgs(CheckedModelArgs):
     use_short_conv: bool = False
     conv_size: int = 4
     use_lower_bound: bool = True
-    hidden_ratio: int | None = 4
+    hidden_ratio: int | float | None = 4
     intermediate_size: int | None = None
     hidden_act: str = "swish"
     elementwise_affine: bool | None = True
@@ -71,10 +71,11 @@ class LanguageModelArgs(CheckedModelArgs):
     attnres_block_size: int | None = None
 
     def __post_init__(self):
-        self.require_positive("num_hidden_layers", "conv_size")
+        self.require_positive("vocab_size", "hidden_size", "num_hidden_layers", "conv_size")
         if self.intermediate_size is None:
             width = int(self.hidden_size * (self.hidden_ratio or 4) * 2 / 3)
             self.intermediate_size = 256 * -(-width // 256)
+        self.require_positive("intermediate_size")
         self.require_one_of("hidden_act", (*ACTIVATIONS, "powlu"))
         self.require_one_of("norm_type", NORM_TYPES)
         block = self.attnres_block_size

@@ -4,38 +4,20 @@ The dataclasses are the schema: their field names are the keys, their types
 what a value must be, their defaults what a missing key means.
 """
 
-from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import yaml
 
 from ..models import ARCHITECTURES
-
-
-class Condition(NamedTuple):
-    """What a number must satisfy besides its type."""
-
-    holds: Callable[[float], bool]
-    wording: str
-
+from ..models.typed_values import Condition, read_section, read_value
 
 Count = Annotated[int, Condition(lambda n: n >= 1, "at least 1")]
 Seed = Annotated[int, Condition(lambda n: 0 <= n < 2**32, "at least 0 and less than 2^32")]
 Positive = Annotated[float, Condition(lambda x: x > 0, "more than 0")]
 NotNegative = Annotated[float, Condition(lambda x: x >= 0, "at least 0")]
 Fraction = Annotated[float, Condition(lambda x: 0 <= x < 1, "at least 0 and less than 1")]
-
-NAMES = {
-    bool: "true or false",
-    dict: "keys and values",
-    float: "a number",
-    int: "a whole number",
-    list: "a list",
-    str: "text",
-}
 
 
 @dataclass
@@ -157,11 +139,11 @@ class TrainConfig:
             known = " or ".join(sorted(ARCHITECTURES, reverse=True))
             raise ValueError(f"model.model_type: expected {known}, got {model_type!r}")
         self.architecture = ARCHITECTURES[model_type]
-        types = get_type_hints(
-            self.architecture.ModelArgs
-        )  # It checks its keys and sizes itself, not its types.
-        for name in self.model.keys() & types.keys():
-            _value(self.model[name], types[name], f"model.{name}")
+        types = get_type_hints(self.architecture.ModelArgs) | {"initializer_range": NotNegative}
+        self.model = {
+            name: read_value(value, types[name], f"model.{name}") if name in types else value
+            for name, value in self.model.items()
+        }
         try:
             self.model_args = self.architecture.ModelArgs.from_dict(self.model)
         except ValueError as error:
@@ -174,7 +156,7 @@ class TrainConfig:
         Raises:
             ValueError: One line that begins with the key at fault.
         """
-        config: TrainConfig = _section(values, cls, "")
+        config: TrainConfig = read_section(values, cls, "")
         return config
 
     @classmethod
@@ -191,53 +173,3 @@ class TrainConfig:
             raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-
-
-def _section(values: Any, section: type, key: str) -> Any:
-    """A dataclass from a mapping; ``key`` is its dotted name, empty for the whole file."""
-    if not isinstance(values, dict):
-        raise ValueError(f"{key or 'the file'}: expected keys and values, got {values!r}")
-    prefix = f"{key}." if key else ""
-    types = get_type_hints(section, include_extras=True)
-    for name in values:
-        if name not in types:
-            raise ValueError(f"{prefix}{name}: unknown key; known are {', '.join(types)}")
-    for f in fields(section):
-        if f.name not in values and f.default is MISSING and f.default_factory is MISSING:
-            raise ValueError(f"{prefix}{f.name}: missing")
-    checked = {name: _value(value, types[name], prefix + name) for name, value in values.items()}
-    return section(**checked)
-
-
-def _value(value: Any, kind: Any, key: str) -> Any:
-    """``value`` as ``kind``, which is one of the types that the dataclasses above use."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if isinstance(kind, type) and is_dataclass(kind):
-        return _section(value, kind, key)
-    if origin is UnionType:
-        if value is None and NoneType in arguments:
-            return None
-        fitting = [a for a in arguments if isinstance(value, get_origin(a) or a)]
-        return _value(value, (fitting or arguments)[0], key)
-    if origin is Literal:
-        if value not in arguments:
-            raise ValueError(f"{key}: expected one of {', '.join(arguments)}, got {value!r}")
-        return value
-    if origin is Annotated:
-        number, condition = _value(value, arguments[0], key), arguments[1]
-        if not condition.holds(number):
-            raise ValueError(f"{key}: expected a number {condition.wording}, got {value!r}")
-        return number
-
-    kind = origin or kind
-    is_bool = isinstance(value, bool)
-    if kind is float and isinstance(value, int | str) and not is_bool:
-        try:
-            return float(value)  # YAML reads 3e-4, without a point, as text.
-        except ValueError:
-            pass
-    if not isinstance(value, kind) or (is_bool and kind is not bool):
-        raise ValueError(f"{key}: expected {NAMES[kind]}, got {value!r}")
-    if kind is list:
-        return [_value(item, arguments[0], f"{key}[{n}]") for n, item in enumerate(value)]
-    return value
