@@ -8,6 +8,7 @@ from mlx.utils import tree_unflatten
 from mlx_lm.utils import dequantize_model, load, quantize_model, save
 
 from .convert.staging import staged_folder
+from .model_to_load import check_model
 
 
 def fuse(
@@ -44,6 +45,7 @@ def fuse(
     adapter = Path(adapter_path)
     if not (adapter / "adapters.safetensors").is_file():
         raise ValueError(f"no adapter to merge: {adapter} has no adapters.safetensors")
+    check_model(str(model_path))
     with staged_folder(Path(save_path)) as folder:
         model, tokenizer, config = load(
             str(model_path), adapter_path=str(adapter), return_config=True

@@ -26,6 +26,7 @@ from mlx_lm.utils import load
 
 from .lora_data import load_data
 from .loss_log import LossLog, draw_losses
+from .model_to_load import check_model
 from .processes import all_needed, wait_for_all
 
 # Every projection of a layer; k and v are those of a hybrid's attention layers, g is HGRN's.
@@ -168,8 +169,7 @@ def _run(args: types.SimpleNamespace) -> None:
         )
     if not args.train and args.adapter_path and not adapter.exists():
         raise ValueError(f"no adapter to test: {adapter} does not exist")
-    if not Path(args.model).exists() and args.model.count("/") != 1:
-        raise ValueError(f"{args.model} does not exist, nor is it a Hub repository id (owner/name)")
+    check_model(args.model)
 
     processes = mx.distributed.init().size()
     if args.batch_size % processes:

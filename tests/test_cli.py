@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -287,6 +288,40 @@ def test_what_cannot_be_done_is_one_line(folder, capsys, arguments, message):
     captured = capsys.readouterr()
     (line,) = captured.err.splitlines()
     assert line.startswith("hgrn2: error: ") and message in line
+
+
+@pytest.mark.parametrize(
+    "file, content, message",
+    [
+        ("config.json", None, "has no config.json"),
+        ("config.json", b"<html>", "config.json is not JSON"),
+        ("model.safetensors", b"\0" * 3, "model.safetensors is truncated"),
+        ("tokenizer.json", None, "has no tokenizer"),
+    ],
+)
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["generate", "--prompt", "x"],
+        ["serve", "--port", "0"],
+        ["eval", "--data-path", __file__],
+        ["quantize", "--mlx-path", "FOLDER/quantized"],
+        ["lora", "--train", "--data", "."],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_broken_folder_is_one_line_that_names_it(
+    folder, tmp_path, capsys, command, file, content, message
+):
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    (broken / file).unlink()
+    if content is not None:
+        (broken / file).write_bytes(content)
+    flags = [flag.replace("FOLDER", str(tmp_path)) for flag in command[1:]]
+    assert main([command[0], "--model", str(broken), *flags]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"hgrn2: error: {broken} ") and message in line
 
 
 def test_a_package_that_is_not_there_is_named(folder, capsys, monkeypatch):

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from .arguments import example
-from .passed_on import PassingParser, check_exists, require_model, run_mlx_lm
+from .passed_on import PassingParser, require_model, run_mlx_lm
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -42,14 +42,16 @@ def run(options: argparse.Namespace) -> None:
             options.parser.error(f"unrecognized arguments: {' '.join(options.passed_on)}")
         _measure_perplexity(options)
     else:
-        check_exists(options.data_path, "data set")
+        if not Path(options.data_path).exists() and options.data_path.count("/") != 1:
+            raise ValueError(
+                f"{options.data_path} does not exist, nor is it a Hub data set id (owner/name)"
+            )
         names = ("data_path", "sequence_length", "batch_size", "num_samples")
         flags = (f"--{name.replace('_', '-')}={getattr(options, name)}" for name in names)
         run_mlx_lm("perplexity", options, *flags)
 
 
 def _measure_perplexity(options: argparse.Namespace) -> None:
-    check_exists(options.model, "repository")
     for name, smallest in (("sequence_length", 2), ("batch_size", 1)):
         if (value := getattr(options, name)) < smallest:
             raise ValueError(f"{name} must be at least {smallest}, got {value}")
@@ -63,7 +65,9 @@ def _measure_perplexity(options: argparse.Namespace) -> None:
     from mlx_lm.utils import load
 
     from ..lora_data import cut_windows, read_text
+    from ..model_to_load import check_model
 
+    check_model(options.model)
     text = read_text(Path(options.data_path))
     model, tokenizer = load(options.model)
     windows = [tokens for tokens, _ in cut_windows(tokenizer.encode(text), options.sequence_length)]

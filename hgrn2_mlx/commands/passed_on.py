@@ -7,7 +7,6 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 
@@ -39,11 +38,13 @@ def run_mlx_lm(module: str, options: argparse.Namespace, *arguments: str) -> Non
         arguments: More for mlx-lm.
 
     Raises:
-        ValueError: If the model is neither a file or folder nor could be on the Hub.
+        ValueError: If the model is a folder that cannot be loaded, or nothing at all.
     """
     model = getattr(options, "model", None)
     if model is not None:
-        check_exists(model, "repository")
+        from ..model_to_load import check_model
+
+        check_model(model)
         arguments = ("--model", model, *arguments)
     program = importlib.import_module(f"mlx_lm.{module}")
     command_line = sys.argv
@@ -71,17 +72,3 @@ def require_model(options: argparse.Namespace) -> None:
     if options.model is None and not asks_for_help(options):
         command = options.parser.prog.split()[-1]
         raise ValueError(f"{command} with what? give --model, a converted folder")
-
-
-def check_exists(name: str, kind: str) -> None:
-    """Refuses what is neither here nor on the Hub, before anything slow is done.
-
-    Args:
-        name: A path, or the id of a repository or data set.
-        kind: What it would be on the Hub.
-
-    Raises:
-        ValueError: If it does not exist and is no id.
-    """
-    if not Path(name).exists() and name.count("/") != 1:
-        raise ValueError(f"{name} does not exist, nor is it a Hub {kind} id (owner/name)")

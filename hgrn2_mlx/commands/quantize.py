@@ -9,7 +9,6 @@ from .arguments import (
     example,
     says_how_to_quantize,
 )
-from .passed_on import check_exists
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -41,7 +40,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> None:
-    check_exists(options.model, "repository")
     check_quantization_settings(options)
     if options.dequantize and (options.quant_predicate or says_how_to_quantize(options)):
         raise ValueError("--dequantize goes with no setting of a quantization")
@@ -52,7 +50,9 @@ def run(options: argparse.Namespace) -> None:
     from mlx_lm.utils import dequantize_model, load, quantize_model, save
 
     from ..convert.staging import staged_folder
+    from ..model_to_load import check_model
 
+    check_model(options.model)
     if options.quant_predicate and options.q_mode != "affine":
         raise ValueError("--quant-predicate needs --q-mode affine")
     with staged_folder(Path(options.mlx_path)) as folder:
