@@ -167,7 +167,8 @@ def test_memory_of_the_gradient_grows_with_the_inputs_alone():
     [
         ({"x": (2, 5)}, "x"),
         ({"f": (2, 5, 6)}, "f"),
-        ({"x": (2, 0, 7), "f": (2, 0, 7)}, "empty"),
+        ({"x": (2, 0, 7), "f": (2, 0, 7)}, "no tokens"),
+        ({"x": (0, 2, 7), "f": (0, 2, 7)}, "no tokens"),
         ({"lower_bound": (1, 7)}, "lower_bound"),
         ({"state": (2, 7, 1)}, "state"),
         ({"mask": (2, 4)}, "mask"),

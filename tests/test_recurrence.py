@@ -268,9 +268,10 @@ def test_a_wrong_shape_is_refused_by_name(name, replacement):
         gated_recurrence(**arguments)
 
 
-def test_an_empty_sequence_is_refused():
-    with pytest.raises(ValueError, match="empty"):
-        gated_recurrence(*(mx.zeros((1, 0, 2, 4)) for _ in range(3)))
+@pytest.mark.parametrize(("batch", "length"), [(1, 0), (0, 3)])
+def test_no_tokens_at_all_are_refused(batch, length):
+    with pytest.raises(ValueError, match="no tokens"):
+        gated_recurrence(*(mx.zeros((batch, length, 2, 4)) for _ in range(3)))
 
 
 @pytest.mark.parametrize("length", [1, 70])

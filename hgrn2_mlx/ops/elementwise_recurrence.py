@@ -37,15 +37,15 @@ def elementwise_recurrence(
         last of them, ``[B, D]`` float32.
 
     Raises:
-        ValueError: If the shapes do not fit together or the sequence is empty.
+        ValueError: If the shapes do not fit together or there are no tokens.
     """
     if x.ndim != 3 or x.shape != f.shape:
         raise ValueError(
             f"elementwise_recurrence: expected x and f [B, T, D], got x {x.shape}, f {f.shape}"
         )
     batch, length, dim = x.shape
-    if length == 0:
-        raise ValueError("elementwise_recurrence: the sequence is empty (T = 0)")
+    if batch == 0 or length == 0:
+        raise ValueError(f"elementwise_recurrence: there are no tokens (B = {batch}, T = {length})")
     for name, array, shape in (
         ("lower_bound", lower_bound, (dim,)),
         ("state", state, (batch, dim)),

@@ -60,8 +60,8 @@ def gated_recurrence(
         the last token, ``[B, H, V, K]`` float32.
 
     Raises:
-        ValueError: If the shapes do not fit together, the sequence is empty or the
-            scale is not positive.
+        ValueError: If the shapes do not fit together, there are no tokens or the scale
+            is not positive.
     """
     if q.ndim != 4 or q.shape != f.shape or v.ndim != 4 or v.shape[:3] != q.shape[:3]:
         raise ValueError(
@@ -69,8 +69,8 @@ def gated_recurrence(
             f"got q {q.shape}, f {f.shape}, v {v.shape}"
         )
     batch, length, heads, key_dim = q.shape
-    if length == 0:
-        raise ValueError("gated_recurrence: the sequence is empty (T = 0)")
+    if batch == 0 or length == 0:
+        raise ValueError(f"gated_recurrence: there are no tokens (B = {batch}, T = {length})")
     state_shape = (batch, heads, v.shape[-1], key_dim)
     for name, array, shape in (
         ("lower_bound", lower_bound, (heads, key_dim)),
