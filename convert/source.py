@@ -60,6 +60,7 @@ def read_config(folder: Path, quantized: bool = False, name: str = "config.json"
         ValueError: If there is none, or it describes something else.
     """
     config = read_json(folder / name)
+    # Not in the dictionary itself, which would fail on a list in the file.
     if config.get("model_type") not in list(ARCHITECTURES):
         known = " or ".join(sorted(ARCHITECTURES, reverse=True))
         raise ValueError(f"{name}: model_type is {config.get('model_type')!r}, not {known}")

@@ -13,6 +13,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.datasets import ChatDataset, CompletionsDataset, create_dataset
 from mlx_lm.tuner.datasets import load_dataset as load_hub_dataset
 
+from .convert.hub import is_repository_id
+
 NAMES = ("train", "valid", "test")
 
 # Windows of a single text file held out for validation, and as many for the test.
@@ -112,7 +114,7 @@ def _require_a_batch(dataset: TokenDataset, name: str, args: SimpleNamespace) ->
 
 
 def _load_from_hub(args: SimpleNamespace, tokenizer: TokenizerWrapper) -> tuple:
-    if not getattr(args, "hf_dataset", None) and args.data.count("/") != 1:
+    if not getattr(args, "hf_dataset", None) and not is_repository_id(args.data):
         raise ValueError(f"{args.data} does not exist, nor is it a Hub data set (owner/name)")
     _ensure_chat_template(args, tokenizer)
     try:

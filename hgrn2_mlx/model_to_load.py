@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from .convert.hub import is_repository_id
 from .convert.safetensors_files import read_header
 from .convert.source import read_json
 
@@ -22,7 +23,7 @@ def check_model(name: str) -> None:
     """
     folder = Path(name)
     if not folder.exists():
-        if name.count("/") != 1:
+        if not is_repository_id(name):
             raise ValueError(f"{name} does not exist, nor is it a Hub repository id (owner/name)")
         return
     try:

@@ -1,5 +1,5 @@
-// What the kernels within a chunk share: a lane owns channels, of every token of its
-// chunk, so that products along the tokens stay in the lane.
+// What kernels share in which a lane owns channels: those within a chunk, where products
+// along the tokens so stay in the lane, and decoding.
 
 // Query, forget gate and key of one token and one channel.
 struct Token {

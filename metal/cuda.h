@@ -35,13 +35,6 @@ inline float simd_shuffle_xor(float x, uint mask) {
   return __shfl_xor_sync(0xffffffffu, x, mask);
 }
 
-inline float simd_sum(float x) {
-  for (uint distance = 16; distance > 0; distance /= 2) {
-    x += simd_shuffle_xor(x, distance);
-  }
-  return x;
-}
-
 // A barrier of CUDA orders all memory, whatever a source asks of it.
 enum class mem_flags { mem_none, mem_device, mem_threadgroup };
 

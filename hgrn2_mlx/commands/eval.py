@@ -42,7 +42,9 @@ def run(options: argparse.Namespace) -> None:
             options.parser.error(f"unrecognized arguments: {' '.join(options.passed_on)}")
         _measure_perplexity(options)
     else:
-        if not Path(options.data_path).exists() and options.data_path.count("/") != 1:
+        from ..convert.hub import is_repository_id
+
+        if not Path(options.data_path).exists() and not is_repository_id(options.data_path):
             raise ValueError(
                 f"{options.data_path} does not exist, nor is it a Hub data set id (owner/name)"
             )

@@ -31,7 +31,7 @@ class Tiling:
 
 
 # One fragment of a simdgroup matrix is 8x8; a product of tensor cores has 16 rows. An Apple GPU
-# takes 1024 threads to a threadgroup only of a kernel with few registers, but 256 of any.
+# refuses large threadgroups of a kernel with many registers; MLX's own products keep to 256 threads.
 METAL = Tiling(chunk=8, rows=8, group=8, buffers=2, threadgroup_bytes=32 << 10, simdgroups=256)
 CUDA = Tiling(chunk=16, rows=16, group=4, buffers=2, threadgroup_bytes=48 << 10, simdgroups=1024)
 

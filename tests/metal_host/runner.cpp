@@ -42,7 +42,7 @@ namespace {
 constexpr size_t STACK_BYTES = 256 << 10;
 constexpr size_t GUARD_BYTES = 64 << 10; // out of bounds, below each stack
 // An Apple GPU takes up to 1024, but fewer the more registers the kernel has, which only its
-// compiler knows. It takes so many of any kernel.
+// compiler knows. MLX's own matrix products keep to so many.
 constexpr unsigned MAX_THREADS = 256;
 constexpr size_t MAX_THREADGROUP_BYTES = 32 << 10;
 constexpr unsigned char POISON = 0xff; // NaN in every float format
