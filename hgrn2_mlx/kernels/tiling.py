@@ -31,7 +31,7 @@ class Tiling:
 
 
 # One fragment of a simdgroup matrix is 8x8; a product of tensor cores has 16 rows. An Apple GPU
-# refuses large threadgroups of a kernel with many registers; MLX's own products keep to 256 threads.
+# refuses large threadgroups of a kernel with many registers; MLX's own products keep to 256.
 METAL = Tiling(chunk=8, rows=8, group=8, buffers=2, threadgroup_bytes=32 << 10, simdgroups=256)
 CUDA = Tiling(chunk=16, rows=16, group=4, buffers=2, threadgroup_bytes=48 << 10, simdgroups=1024)
 
