@@ -20,13 +20,13 @@ inline void value_scores(
   const uint chunks = (length + CHUNK - 1) / CHUNK;
   const uint first = chunk * CHUNK;
   const uint origin = ((batch_head / H * length + first) * H + batch_head % H) * V;
-  Courier<CHUNK, WIDTH, PITCH, 32> left_rows, right_rows;
+  Courier<CHUNK, WIDTH, PITCH, 32, 1> left_rows, right_rows;
   threadgroup uint4* right_pool = pool + CHUNK * PITCH;
   left_rows.fetch(output_gradient + origin, H * WIDTH, length - first, pool, lane);
   right_rows.fetch(v + origin, H * WIDTH, length - first, right_pool, lane);
-  all_sent();
   left_rows.put(pool, lane);
   right_rows.put(right_pool, lane);
+  all_sent();
   wait_for_all_but<0>();
   simdgroup_barrier(mem_flags::mem_threadgroup);
 

@@ -1,14 +1,33 @@
 // Carries rows from device to threadgroup memory, 16 bytes at a time, as courier_metal.h
-// does. Here `fetch` makes the copy engine write them to `target` on its own, so that rows
-// of several chunks can be on their way, and nothing is left for `put`.
+// does. Here the copy engine writes them to `target` on its own, so that rows of several
+// chunks can be on their way: `fetch` starts it. With one buffer that would write over what
+// is still read, so there `fetch` takes the address and `put` starts it.
 
-template <int ROWS, int WIDTH, int PITCH, int THREADS>
+template <int ROWS, int WIDTH, int PITCH, int THREADS, int BUFFERS>
 struct Courier {
-  // `stride` is in words; rows from `present` on become zeros.
+  const uint4* words;
+  uint stride;
+  uint present;
+
+  // `row_stride` is in words; rows from `rows_present` on become zeros.
   template <typename T>
   inline void fetch(
-      const T* source, uint stride, uint present, uint4* target, uint index) const {
-    const uint4* words = reinterpret_cast<const uint4*>(source);
+      const T* source, uint row_stride, uint rows_present, uint4* target, uint index) {
+    words = reinterpret_cast<const uint4*>(source);
+    stride = row_stride;
+    present = rows_present;
+    if (BUFFERS > 1) {
+      copy(target, index);
+    }
+  }
+
+  inline void put(uint4* target, uint index) const {
+    if (BUFFERS == 1) {
+      copy(target, index);
+    }
+  }
+
+  inline void copy(uint4* target, uint index) const {
 #pragma unroll
     for (int i = 0; i < (ROWS * WIDTH + THREADS - 1) / THREADS; ++i) {
       const uint at = index + i * THREADS;
@@ -25,8 +44,6 @@ struct Courier {
       }
     }
   }
-
-  inline void put(uint4*, uint) const {}
 };
 
 inline void all_sent() {

@@ -4,8 +4,9 @@
 //
 // The rows are of WIDTH words in device memory and every PITCH words in threadgroup memory,
 // where a PITCH of WIDTH + 1 keeps lanes that read a column out of each other's banks.
+// Where there is one buffer, all have read it before `put`.
 
-template <int ROWS, int WIDTH, int PITCH, int THREADS>
+template <int ROWS, int WIDTH, int PITCH, int THREADS, int BUFFERS>
 struct Courier {
   static constant constexpr int WORDS = (ROWS * WIDTH + THREADS - 1) / THREADS;
   uint4 held[WORDS];

@@ -58,15 +58,24 @@ struct ScanLayout {
 };
 
 // The operands of a chunk on their way to threadgroup memory.
-template <typename T, int ROLE, int R, int N, int H, int CHUNK, int ROWS, int SIMDGROUPS>
+template <
+    typename T,
+    int ROLE,
+    int R,
+    int N,
+    int H,
+    int CHUNK,
+    int ROWS,
+    int SIMDGROUPS,
+    int BUFFERS>
 struct ScanOperands {
   typedef ScanLayout<T, ROLE, R, N, CHUNK, ROWS, SIMDGROUPS> Layout;
   static constant constexpr int THREADS = 32 * SIMDGROUPS;
-  Courier<CHUNK, Layout::LEFT_WIDTH, Layout::LEFT_WIDTH + 1, THREADS> left;
-  Courier<CHUNK, Layout::RIGHT_WIDTH, Layout::RIGHT_WIDTH + 1, THREADS> read_by;
-  Courier<CHUNK, Layout::RIGHT_WIDTH, Layout::RIGHT_WIDTH + 1, THREADS> written_by;
-  Courier<1, Layout::DECAY_WIDTH, Layout::DECAY_WIDTH, THREADS> decay;
-  Courier<CHUNK, Layout::SCORES_WIDTH, Layout::SCORES_WIDTH + 1, THREADS> scores;
+  Courier<CHUNK, Layout::LEFT_WIDTH, Layout::LEFT_WIDTH + 1, THREADS, BUFFERS> left;
+  Courier<CHUNK, Layout::RIGHT_WIDTH, Layout::RIGHT_WIDTH + 1, THREADS, BUFFERS> read_by;
+  Courier<CHUNK, Layout::RIGHT_WIDTH, Layout::RIGHT_WIDTH + 1, THREADS, BUFFERS> written_by;
+  Courier<1, Layout::DECAY_WIDTH, Layout::DECAY_WIDTH, THREADS, BUFFERS> decay;
+  Courier<CHUNK, Layout::SCORES_WIDTH, Layout::SCORES_WIDTH + 1, THREADS, BUFFERS> scores;
 
   inline void fetch(
       const device T* left_rows,
@@ -173,7 +182,7 @@ inline void scan_state(
 
   // The operands of AHEAD chunks are on their way while one is computed.
   constexpr int AHEAD = BUFFERS > 1 ? BUFFERS - 1 : 1;
-  ScanOperands<T, ROLE, R, N, H, CHUNK, ROWS, SIMDGROUPS> operands;
+  ScanOperands<T, ROLE, R, N, H, CHUNK, ROWS, SIMDGROUPS, BUFFERS> operands;
   for (int step = -AHEAD; step < steps; ++step) {
     if (step >= 0) {
       wait_for_all_but<AHEAD - 1>();
@@ -194,7 +203,6 @@ inline void scan_state(
           target,
           index);
     }
-    all_sent();
 
     if (step >= 0) {
       const uint chunk = first_chunk + (Layout::REVERSED ? steps - 1 - step : step);
@@ -252,6 +260,7 @@ inline void scan_state(
     if (next < steps) {
       operands.put(target, index);
     }
+    all_sent();
   }
   if (!Layout::OF_KEYS) {
     store(state, state_out + state_at, ROW_STRIDE, COLUMN_STRIDE, N, lane);

@@ -7,8 +7,8 @@ import mlx.core as mx
 from .sources import make_kernel, on_gpu
 from .tiling import bits
 
-ROWS = 4  # rows of the state [V, K] per simdgroup
-SIMDGROUPS = 4  # simdgroups per threadgroup
+ROWS = 2  # rows of the state [V, K] per simdgroup
+SIMDGROUPS = 8  # simdgroups per threadgroup
 MAX_TOKENS = 4  # each number of tokens is a kernel of its own
 
 
@@ -65,9 +65,10 @@ def _kernel():
         files=["gates.h", "channels.h", "decode.h"],
         inputs=["q", "f", "v", "lower_bound", "state_in"],
         outputs=["out", "state_out"],
+        threadgroup=[("uint4", "pool", "3 * TOKENS * K / 4")],
         call="""
-        decode<T, K, V, H, TOKENS, ROWS>(
-            q, f, v, lower_bound, state_in, float_of_bits(SCALE), out, state_out,
-            lane, group.y * SIMDGROUPS + simdgroup, group.z);
+        decode<T, K, V, H, TOKENS, ROWS, SIMDGROUPS>(
+            q, f, v, lower_bound, state_in, float_of_bits(SCALE), out, state_out, pool,
+            lane, simdgroup, group.y, group.z);
         """,
     )
