@@ -193,7 +193,13 @@ def test_an_interrupt_is_one_line_that_says_how_to_go_on(values, tmp_path):
     config, log = tmp_path / "config.yaml", tmp_path / "run" / "log.jsonl"
     config.write_text(yaml.safe_dump(values | {"steps": 1_000_000}))
     command = [sys.executable, "-m", "hgrn2_mlx", "train", "--config", str(config)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        # What a shell started in the background ignores it, and so would this.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
         while process.poll() is None and not (log.exists() and '"step": 15' in log.read_text()):
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
